@@ -1,0 +1,43 @@
+"""weft (WEight FuncTions): everything that is done to a neural network's weights, behind one idea, W = f(θ).
+
+Start with ``weft.open`` (look into a checkpoint), ``weft.run`` (carry out a recipe) and ``weft.merge`` (merge tensors).
+Nothing heavy is imported until it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> (module, attribute); an empty attribute means the module itself
+_PUBLIC = {
+    "Checkpoint": ("weft.checkpoint.checkpoint", "Checkpoint"),
+    "WeftError": ("weft.errors", "WeftError"),
+    "merge": ("weft.merge", ""),
+    "open": ("weft.checkpoint.open", "open_checkpoint"),
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from weft import merge as merge
+    from weft.checkpoint.checkpoint import Checkpoint as Checkpoint
+    from weft.checkpoint.open import open_checkpoint as open  # noqa: F401
+    from weft.errors import WeftError as WeftError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        from weft.errors import did_you_mean
+
+        raise AttributeError(f"module 'weft' has no attribute {name!r}.{did_you_mean(name, _PUBLIC)}")
+    module, attribute = _PUBLIC[name]
+    loaded = importlib.import_module(module)
+    value = getattr(loaded, attribute) if attribute else loaded
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,1 @@
+"""Patches on trained weights."""

@@ -1,0 +1,124 @@
+"""All methods that weft knows: every module of a family that defines ``METHODS``, and plugins.
+
+``methods()`` imports the families. ``index()`` reads a committed summary instead, so that ``--help``, ``methods``,
+``papers`` and ``schema`` answer at once; a test keeps the summary fresh (``python -m weft.registry`` rewrites it).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import pkgutil
+import sys
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from weft.errors import RecipeError, did_you_mean
+from weft.method import Method
+
+FAMILIES = ("merge", "edit")
+ENTRY_POINT = "weft.methods"
+INDEX = Path(__file__).with_name("methods.json")
+_plugins: dict[str, Method] = {}
+
+
+@cache
+def _built_in() -> dict[str, Method]:
+    found: dict[str, Method] = {}
+    for family in FAMILIES:
+        package = importlib.import_module(f"weft.{family}")
+        for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+            for method in getattr(importlib.import_module(f"weft.{family}.{module}"), "METHODS", ()):
+                if method.name in found:
+                    raise RuntimeError(f"two methods are called {method.name!r}")
+                found[method.name] = method
+    return found
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name, built-in ones first, then those of installed packages and of ``--plugin`` files."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT):
+        if entry.name not in _plugins:
+            _add(entry.load(), f"entry point {entry.name}")
+    return {**_built_in(), **_plugins}
+
+
+def method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        RecipeError: there is none; the message names the nearest.
+
+    >>> method("ties").goal
+    'combine'
+    """
+    known = methods()
+    if name not in known:
+        raise RecipeError(f"There is no method {name!r}.{did_you_mean(name, known)} `weft methods` lists them all.")
+    return known[name]
+
+
+def load_plugin(path: str | Path) -> list[Method]:
+    """Register the ``METHODS`` of a Python file; the file's code is run, so it must be one you trust."""
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such plugin file.")
+    spec = importlib.util.spec_from_file_location(f"weft_plugin_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return _add(getattr(module, "METHODS", ()), str(path))
+
+
+def _add(rows: Any, where: str) -> list[Method]:
+    rows = [rows] if isinstance(rows, Method) else list(rows)
+    if not rows or not all(isinstance(r, Method) for r in rows):
+        raise RecipeError(f"{where}: a plugin defines METHODS, a sequence of weft.method.Method rows; found none.")
+    for row in rows:
+        if row.name in _built_in():
+            raise RecipeError(f"{where}: the name {row.name!r} belongs to a method of weft; choose another.")
+        _plugins[row.name] = row
+    return rows
+
+
+def summary() -> list[dict[str, Any]]:
+    """What the committed index holds: one entry a method, without its code."""
+    rows = []
+    for row in _built_in().values():
+        parameters = [{k: v for k, v in asdict(p).items() if v not in (None, "", ())} for p in row.parameters.values()]
+        entry = {
+            "name": row.name,
+            "family": row.family,
+            "goal": row.goal,
+            "summary": row.summary,
+            "paper": row.paper,
+            "origin": row.origin,
+            "needs": row.needs,
+            "checked_by": list(row.checked_by),
+            "differs": getattr(row, "differs", ""),
+            "base": getattr(row, "base", ""),
+            "parameters": parameters,
+        }
+        rows.append({k: v for k, v in entry.items() if v not in ("", [])})
+    return rows
+
+
+def index() -> list[dict[str, Any]]:
+    """The committed summary of all built-in methods; imports no family."""
+    rows: list[dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
+    return rows
+
+
+def write_index() -> None:
+    """Rewrite the committed summary."""
+    INDEX.write_text(json.dumps(summary(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_index()
