@@ -16,6 +16,7 @@ _PUBLIC = {
     "Checkpoint": ("weft.checkpoint.checkpoint", "Checkpoint"),
     "WeftError": ("weft.errors", "WeftError"),
     "merge": ("weft.merge", ""),
+    "run": ("weft.recipe.run", "run"),
     "open": ("weft.checkpoint.open", "open_checkpoint"),
 }
 __all__ = [*_PUBLIC, "__version__"]
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from weft.checkpoint.checkpoint import Checkpoint as Checkpoint
     from weft.checkpoint.open import open_checkpoint as open  # noqa: F401
     from weft.errors import WeftError as WeftError
+    from weft.recipe.run import run as run
 
 
 def __getattr__(name: str) -> Any:

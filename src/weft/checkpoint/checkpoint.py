@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """One tensor in a file: described by ``info``, read on demand from ``source``."""
+    """One tensor in a file: described by ``info``, read on demand from ``source``.
+
+    ``stored`` is the type that it would have in a file, where ``source`` computes it in float32 (an adapted or merged
+    tensor).
+    """
 
     info: TensorInfo
     source: ByteSource
+    stored: DType | None = None
 
     @property
     def name(self) -> str:
@@ -38,6 +43,11 @@ class LazyTensor:
     def dtype(self) -> DType:
         """Element type."""
         return self.info.dtype
+
+    @property
+    def natural_dtype(self) -> DType:
+        """The type to write it in unless the user chooses another."""
+        return self.stored or self.info.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:

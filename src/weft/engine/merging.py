@@ -8,7 +8,7 @@ how many threads work, and what stays in memory.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,8 @@ class MergeMethod(Method):
         base: "required", "optional" or "none".
         models: fewest and most models (besides the base; None: no limit).
         granularity: what a chunk must not cut: "element", "row" or "tensor".
-        model_scope: ``config -> bool``, whether ``prepare`` must see the whole model and not one tensor.
+        model_scope: ``config -> key``: tensors with equal keys are prepared together (True: all of them); False where
+            ``prepare`` needs one tensor only.
         function: the public function on tensors.
         differs: for a row of mergekit's, how it differs from weft's row of the same method and why.
     """
@@ -48,7 +49,7 @@ class MergeMethod(Method):
     base: str = "none"
     models: tuple[int, int | None] = (1, None)
     granularity: str = "element"
-    model_scope: Callable[[Any], bool] = lambda config: False
+    model_scope: Callable[[Any], Hashable] = lambda config: False
     function: Callable[..., Any] | None = None
     differs: str = ""
 
@@ -74,13 +75,14 @@ class Stage:
         self._lock = threading.Lock()
 
     def state(self, config: Any, workspace: Callable[[], Workspace], executor: Executor | None = None) -> Any:
-        """The state of all tensors that share ``config``; computed once."""
+        """The state of all tensors whose scope is that of ``config``; computed once."""
+        assert self.method.prepare is not None
+        key = self.method.model_scope(config)
         with self._lock:
-            if config not in self.prepared:
-                assert self.method.prepare is not None
-                scope = [m.inputs for m in self.merges if m.config == config]
-                self.prepared[config] = self.method.prepare(Scan(scope, workspace, executor=executor), config)
-            return self.prepared[config]
+            if key not in self.prepared:
+                scope = [m.inputs for m in self.merges if self.method.model_scope(m.config) == key]
+                self.prepared[key] = self.method.prepare(Scan(scope, workspace, executor=executor), config)
+            return self.prepared[key]
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Merge:
     @property
     def model_scope(self) -> bool:
         """Whether preparing needs the whole model."""
-        return self.stage.method.prepare is not None and self.stage.method.model_scope(self.config)
+        return self.stage.method.prepare is not None and self.stage.method.model_scope(self.config) is not False
 
     @property
     def passes(self) -> int:

@@ -217,8 +217,11 @@ def _prepare_stages(
     seen: set[tuple[int, Any]] = set()
     for output in todo:
         merge = output.source
-        if isinstance(merge, Merge) and merge.model_scope and (id(merge.stage), merge.config) not in seen:
-            seen.add((id(merge.stage), merge.config))
+        if not isinstance(merge, Merge) or not merge.model_scope:
+            continue
+        key = (id(merge.stage), merge.stage.method.model_scope(merge.config))
+        if key not in seen:
+            seen.add(key)
             progress.start(f"measuring for {merge.stage.method.name}", len(merge.stage.merges), 1)
             merge.stage.state(merge.config, workspaces, pool)
 

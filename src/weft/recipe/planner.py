@@ -1,0 +1,608 @@
+"""From a recipe to a plan, by reading headers only."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from weft import __version__
+from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
+from weft.checkpoint.dtypes import DTYPES, DType, dtype_of
+from weft.checkpoint.open import natural_key, open_checkpoint
+from weft.engine.chunks import Inputs
+from weft.engine.merging import Merge, MergeMethod, Stage, as_lazy
+from weft.engine.plan import LedgerRow, OutputTensor, Plan, split_into_shards
+from weft.errors import CheckpointError, MissingTensorError, RecipeError, ShapeError, did_you_mean
+from weft.kernels.convert import OUTPUT_DTYPES
+from weft.method import Parameter
+from weft.recipe.card import model_card
+from weft.recipe.layers import LAYER_COUNT_KEYS, LayerMap, find_layers
+from weft.recipe.schema import Parameters, Recipe, Slice, Source, Step, evaluate, step_models
+from weft.registry import method as find_method
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+OTHER_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+)
+# tensors outside the layers that follow them; in a stack of slices they come from the last one
+_AFTER_LAYERS = ("lm_head", "norm", "ln_f", "head", "classifier", "score", "embed_out", "pooler", "output")
+
+
+@dataclass
+class Entry:
+    """One tensor of a step's result."""
+
+    source: Merge | LazyTensor
+    dtype: DType
+    rule: str
+
+
+@dataclass
+class StepResult:
+    """What a step produces, before anything is computed."""
+
+    entries: dict[str, Entry]
+    config: dict[str, Any]
+    reference: Checkpoint
+    checkpoint: Checkpoint
+    label: str
+
+
+@dataclass
+class Opened:
+    """The models of a recipe, opened once each."""
+
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str) -> Checkpoint:
+        """The checkpoint called ``name`` in the recipe."""
+        if name not in self.checkpoints:
+            found = open_checkpoint(self.given.get(name, name))
+            if not found.tensors:
+                raise CheckpointError(f"{name}: holds no tensors.")
+            self.checkpoints[name] = found
+        return self.checkpoints[name]
+
+    def close(self) -> None:
+        """Close all."""
+        for checkpoint in self.checkpoints.values():
+            checkpoint.close()
+
+
+def plan_recipe(
+    recipe: Recipe, opened: Opened, *, single_file: str = "", source: Mapping[str, Any] | None = None
+) -> Plan:
+    """Decide everything about a run.
+
+    Args:
+        recipe: what to do.
+        opened: its models; stays open while the plan is carried out.
+        single_file: name of the one output file, or empty for a folder.
+        source: the recipe as the user wrote it, kept in the output; default: ``recipe`` itself.
+
+    Raises:
+        RecipeError, CheckpointError: everything that can be known to be wrong from headers.
+    """
+    ledger: list[LedgerRow] = []
+    notes: list[str] = []
+    results: dict[str, StepResult] = {}
+    result = None
+    for number, step in enumerate(recipe.steps, 1):
+        for name, earlier in results.items():
+            opened.checkpoints.setdefault(f"@{name}", earlier.checkpoint)
+        last = number == len(recipe.steps)
+        result = _plan_step(step, number, recipe, opened, ledger, notes)
+        results[step.name or f"step {number}"] = result
+        if not last and not step.name:
+            raise RecipeError(
+                f"step {number} ({step.method}) has no name, so no later step can use its result. Name it."
+            )
+    assert result is not None
+    return _finish(recipe, result, opened, ledger, notes, single_file, source)
+
+
+def _plan_step(
+    step: Step, number: int, recipe: Recipe, opened: Opened, ledger: list[LedgerRow], notes: list[str]
+) -> StepResult:
+    method = find_method(step.method)
+    if not isinstance(method, MergeMethod):
+        raise RecipeError(f"step {number}: {method.name} does not run on checkpoints from a recipe.")
+    label = step.name or method.name
+    _check_parameter_names(step, method, label)
+    if method.differs:
+        notes.append(f"{method.name}: {method.differs}.")
+    stage = Stage(method)
+    builder = _StepBuilder(step, method, stage, recipe, opened, ledger, notes, label)
+    entries = builder.from_slices() if step.slices else builder.from_models()
+    # a later step reads this one's tensors as float32, computed when read
+    lazy = {n: _lazy(n, e) for n, e in entries.items()}
+    reference = builder.reference
+    checkpoint = Checkpoint(
+        name=f"@{label}", tensors=lazy, aliases={}, config=builder.config, folder=reference.folder, fingerprint=""
+    )
+    return StepResult(entries, builder.config, reference, checkpoint, label)
+
+
+def _lazy(name: str, entry: Entry) -> LazyTensor:
+    if isinstance(entry.source, LazyTensor):
+        return entry.source
+    lazy = as_lazy(entry.source)
+    return LazyTensor(lazy.info, lazy.source, entry.dtype)
+
+
+class _StepBuilder:
+    """Builds the entries of one step."""
+
+    def __init__(
+        self,
+        step: Step,
+        method: MergeMethod,
+        stage: Stage,
+        recipe: Recipe,
+        opened: Opened,
+        ledger: list[LedgerRow],
+        notes: list[str],
+        label: str,
+    ):
+        self.step, self.method, self.stage, self.recipe, self.opened = step, method, stage, recipe, opened
+        self.ledger, self.notes, self.label = ledger, notes, label
+        self.entries: dict[str, Entry] = {}
+        first = step.base or (
+            step.models[0].model if step.models else step.slices[0].base or step.slices[0].sources[0].model
+        )
+        self.reference = opened.get(first)
+        self.config = dict(self.reference.config)
+        self.noted: set[str] = set()
+
+    # one output tensor for each name that any model has
+
+    def from_models(self) -> dict[str, Entry]:
+        """All models in full."""
+        step = self.step
+        self.method.check_models(len(step.models), step.base is not None)
+        models = [(s, self.opened.get(s.model)) for s in step.models]
+        base = self.opened.get(step.base) if step.base else None
+        layers = find_layers(self.reference.tensors, self.reference.config)
+        every = [*([base] if base else []), *(c for _, c in models)]
+        for name in _ordered_union(self.reference, every):
+            self._one(
+                name,
+                [(s, c, name) for s, c in models],
+                (base, name) if base else None,
+                (step.parameters,),
+                layers.depth(name),
+            )
+        return self.entries
+
+    def from_slices(self) -> dict[str, Entry]:
+        """Runs of layers, stacked in the order given."""
+        step = self.step
+        maps = {m: find_layers(self.opened.get(m).tensors, self.opened.get(m).config) for m in step_models(step)}
+        for model, found in maps.items():
+            if found.count == 0:
+                raise RecipeError(f"{model}: its tensor names show no numbered layers, so it cannot be sliced.")
+        out_map = maps[step.slices[0].sources[0].model]
+        self._outside_layers(step.slices[0], maps, after=False)
+        total, origin = 0, []
+        for part in step.slices:
+            length = part.sources[0].layers[1] - part.sources[0].layers[0]
+            for offset in range(length):
+                self._layer(part, offset, offset / (length - 1) if length > 1 else 1.0, total, maps, out_map)
+                origin.append(part.sources[0].layers[0] + offset)
+                total += 1
+        self._outside_layers(step.slices[-1], maps, after=True)
+        self._resize_config(out_map.count, total, origin)
+        return self.entries
+
+    def _slice_base(self, part: Slice) -> str | None:
+        return part.base or self.step.base
+
+    def _outside_layers(self, part: Slice, maps: dict[str, LayerMap], *, after: bool) -> None:
+        sources = [(s, self.opened.get(s.model)) for s in part.sources]
+        base = self._slice_base(part)
+        opened_base = self.opened.get(base) if base else None
+        every = [*([opened_base] if opened_base else []), *(c for _, c in sources)]
+        every_map = [*([maps[base]] if base else []), *(maps[s.model] for s, _ in sources)]
+        for name in _ordered_union(every[0], every):
+            if any(m.split(name) for m in every_map):
+                continue
+            if any(key in name for key in _AFTER_LAYERS) == after:
+                where = [(s, c, name) for s, c in sources]
+                self._one(
+                    name,
+                    where,
+                    (opened_base, name) if opened_base else None,
+                    (part.parameters, self.step.parameters),
+                    0.0,
+                )
+
+    def _layer(
+        self, part: Slice, offset: int, depth: float, number: int, maps: dict[str, LayerMap], out_map: LayerMap
+    ) -> None:
+        def rests(model: str, layer: int) -> dict[str, str]:
+            found = {n: maps[model].split(n) for n in self.opened.get(model).tensors}
+            return {rest: n for n, at in found.items() if at and at[0] == layer for rest in (at[1],)}
+
+        for source in part.sources:
+            if source.layers[1] > maps[source.model].count:
+                raise RecipeError(
+                    f"{source.model} has {maps[source.model].count} layers; the slice asks for {list(source.layers)}."
+                )
+        by_source = [rests(s.model, s.layers[0] + offset) for s in part.sources]
+        base = self._slice_base(part)
+        base_layer = {s.model: s.layers[0] for s in part.sources}.get(base or "", part.sources[0].layers[0]) + offset
+        base_rests = rests(base, base_layer) if base else {}
+        order = dict.fromkeys([*base_rests, *(r for found in by_source for r in found)])
+        for rest in order:
+            where = [
+                (s, self.opened.get(s.model), found.get(rest, f"(layer tensor {rest})"))
+                for s, found in zip(part.sources, by_source)
+            ]
+            base_pair = (self.opened.get(base), base_rests.get(rest, "")) if base else None
+            self._one(out_map.name(number, rest), where, base_pair, (part.parameters, self.step.parameters), depth)
+
+    def _resize_config(self, old: int, new: int, origin: list[int]) -> None:
+        """Write the new number of layers, and cut lists that have one entry a layer to match."""
+
+        def resized(config: dict[str, Any]) -> dict[str, Any]:
+            result = {}
+            for key, value in config.items():
+                if key in LAYER_COUNT_KEYS and value == old:
+                    value = new
+                elif (
+                    isinstance(value, list)
+                    and len(value) == old
+                    and old > 0
+                    and key.endswith(("types", "layers", "pattern"))
+                ):
+                    value = [value[i] for i in origin]
+                elif isinstance(value, dict):
+                    value = resized(value)
+                result[key] = value
+            return result
+
+        self.config = resized(self.config)
+
+    # one output tensor
+
+    def _one(
+        self,
+        name: str,
+        where: Sequence[tuple[Source, Checkpoint, str]],
+        base: tuple[Checkpoint, str] | None,
+        scopes: tuple[Parameters, ...],
+        depth: float,
+    ) -> None:
+        tensors = [_find(c, n) for _, c, n in where]
+        base_tensor = _find(*base) if base else None
+        labels = [c.name for _, c, _ in where]
+        first = next((t for t in [base_tensor, *tensors] if t is not None), None)
+        if first is None:
+            return None
+        owners = [labels[i] for i, t in enumerate(tensors) if t is not None]
+        if self._dropped_alias(name, where, base):
+            return None
+        if not first.dtype.floating:
+            return self._copy(name, first, where, base, "copied: not floating point")
+        if not self._selected(name):
+            return self._copy(name, first, where, base, "copied: not selected")
+        in_reference = (base_tensor is not None) if base else (tensors[0] is not None)
+        have = [i for i, t in enumerate(tensors) if t is not None]
+        if len(have) < len(tensors) or (base is not None and base_tensor is None):
+            if not in_reference:
+                self._note(f"Only {' and '.join(owners)} has {name}: copied.", "only in")
+                return self._copy(name, first, where, base, f"copied: only in {owners[0]}")
+            lacking = [labels[i] for i in range(len(tensors)) if i not in have]
+            if self.step.missing == "error":
+                hint = did_you_mean(name, where[labels.index(lacking[0])][1].tensors)
+                raise MissingTensorError(
+                    f"{lacking[0]} has no tensor {name!r}, which {self.reference.name} has.{hint if 'Did' in hint else ''} "
+                    "Check that the models share an architecture, or choose what happens with --missing skip or copy."
+                )
+            if self.step.missing == "copy" or len(have) < self.method.models[0]:
+                return self._copy(name, first, where, base, "copied: missing in " + ", ".join(lacking))
+            where, tensors = [where[i] for i in have], [tensors[i] for i in have]
+        present = [t for t in tensors if t is not None]
+        if {t.shape for t in present} | {first.shape} != {first.shape}:
+            if self.step.mismatch == "copy":
+                return self._copy(name, first, where, base, "copied: shapes differ")
+            odd = next(i for i, t in enumerate(present) if t.shape != first.shape)
+            raise ShapeError(
+                f"{name}: {where[odd][1].name} has shape {list(present[odd].shape)}, "
+                f"{self.reference.name} has {list(first.shape)}. The models differ in architecture or vocabulary: "
+                "choose a tokenizer source, or --mismatch copy to keep the first model's tensor."
+            )
+        config = self._configure(name, where, scopes, depth)
+        inputs = Inputs(
+            name=name,
+            tensors=present,
+            base=base_tensor if self.method.base != "none" else None,
+            deltas=self.method.deltas,
+            granularity=self.method.granularity,
+            index=len(self.entries),
+            seed=self.recipe.seed,
+            purpose=self.method.name,
+            allow_non_finite=self.recipe.allow_non_finite,
+            labels=[*(c.name for _, c, _ in where), base[0].name if base else ""],
+        )
+        self.entries[name] = Entry(Merge(self.stage, config, inputs), self._out_dtype(first), self.method.name)
+        self._record(name, self.method.name, where, base)
+        return None
+
+    def _selected(self, name: str) -> bool:
+        def matches(patterns: Iterable[str]) -> bool:
+            return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+        return (not self.step.include or matches(self.step.include)) and not matches(self.step.exclude)
+
+    def _out_dtype(self, tensor: LazyTensor) -> DType:
+        natural = tensor.natural_dtype
+        if natural.name in OUTPUT_DTYPES:
+            return natural
+        self._note(f"{natural.name} weights are written as bfloat16 after merging.", "dtype")
+        return DTYPES["BF16"]
+
+    def _dropped_alias(
+        self, name: str, where: Sequence[tuple[Source, Checkpoint, str]], base: tuple[Checkpoint, str] | None
+    ) -> bool:
+        """Whether the tensor is a tied copy that the model's config restores by itself when it is loaded."""
+        first, first_name = base if base else (where[0][1], where[0][2])
+        if first_name in first.aliases and self.config.get("tie_word_embeddings"):
+            self._record(name, f"dropped: tied to {first.aliases[first_name]}", where, base, output="")
+            return True
+        return False
+
+    def _copy(
+        self,
+        name: str,
+        tensor: LazyTensor,
+        where: Sequence[tuple[Source, Checkpoint, str]],
+        base: tuple[Checkpoint, str] | None,
+        rule: str,
+    ) -> None:
+        self.entries[name] = Entry(tensor, tensor.natural_dtype, rule)
+        self._record(name, rule, where, base)
+
+    def _record(
+        self,
+        name: str,
+        rule: str,
+        where: Sequence[tuple[Source, Checkpoint, str]],
+        base: tuple[Checkpoint, str] | None,
+        output: str | None = None,
+    ) -> None:
+        named = [(c, n) for _, c, n in where] + ([base] if base else [])
+        for checkpoint, tensor in named:
+            if tensor in checkpoint.tensors:
+                self.ledger.append(LedgerRow(checkpoint.name, tensor, rule, name if output is None else output))
+
+    def _note(self, text: str, kind: str) -> None:
+        """Each kind of note once: a model has hundreds of tensors."""
+        if kind not in self.noted:
+            self.noted.add(kind)
+            self.notes.append(text)
+
+    # parameters
+
+    def _configure(
+        self, name: str, where: Sequence[tuple[Source, Checkpoint, str]], scopes: tuple[Parameters, ...], depth: float
+    ) -> Any:
+        values: dict[str, Any] = {}
+        for key, row in self.method.parameters.items():
+            if row.per_model:
+                found = self._per_model(row, name, where, scopes, depth)
+            else:
+                found = _lookup(key, name, scopes, depth)
+            if found is not None:
+                values[key] = found
+        return self.method.configure(values)
+
+    def _per_model(
+        self,
+        row: Parameter,
+        name: str,
+        where: Sequence[tuple[Source, Checkpoint, str]],
+        scopes: tuple[Parameters, ...],
+        depth: float,
+    ) -> tuple[float, ...] | None:
+        if row.key != row.per_model:
+            for scope in scopes:
+                listed = scope.get(row.key)
+                if listed is not None:
+                    return self._listed(row, listed, where)
+        found = [_lookup(row.per_model, n, (s.parameters, *scopes), depth) for s, _, n in where]
+        if all(v is None for v in found):
+            return None
+        default = row.default if isinstance(row.default, int | float) else None
+        result = [v for v in (default if f is None else f for f in found) if v is not None]
+        if len(result) < len(found):
+            raise RecipeError(f"{self.label}: {row.per_model!r} is given for some models only; give it for all.")
+        return tuple(result)
+
+    def _listed(
+        self, row: Parameter, listed: Any, where: Sequence[tuple[Source, Checkpoint, str]]
+    ) -> tuple[float, ...]:
+        named = [s.model for s in self.step.models] or [s.model for s, _, _ in where]
+        if isinstance(listed, int | float):
+            return (listed,) * len(where)
+        if not isinstance(listed, list) or len(listed) != len(named):
+            count = len(listed) if isinstance(listed, list) else 1
+            raise RecipeError(
+                f"{self.label}: {row.key!r} has {count} values for {len(named)} models; give one for each, in their order."
+            )
+        chosen = [i for i, s in enumerate(self.step.models) if any(s is w for w, _, _ in where)] or range(len(where))
+        return tuple(listed[i] for i in chosen)
+
+
+def _lookup(key: str, name: str, scopes: Iterable[Parameters], depth: float) -> Any:
+    for scope in scopes:
+        if key in scope:
+            value = evaluate(scope[key], name, depth)
+            if value is not None:
+                return value
+    return None
+
+
+def _find(checkpoint: Checkpoint, name: str) -> LazyTensor | None:
+    """A tensor by name; an output head that is tied to the embedding is found there."""
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None and name == "lm_head.weight" and checkpoint.config.get("tie_word_embeddings"):
+        tensor = next((t for n, t in checkpoint.tensors.items() if n.endswith("embed_tokens.weight")), None)
+    return tensor
+
+
+def _ordered_union(reference: Checkpoint, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """All names, layer by layer."""
+    extra = {n for c in checkpoints for n in c.tensors} - set(reference.tensors)
+    return sorted([*reference.tensors, *extra], key=natural_key) if extra else list(reference.tensors)
+
+
+def _check_parameter_names(step: Step, method: MergeMethod, label: str) -> None:
+    shared = {p.key for p in method.parameters.values()} | {
+        p.per_model for p in method.parameters.values() if p.per_model
+    }
+    own = {p.per_model for p in method.parameters.values() if p.per_model}
+    for scope in [step.parameters, *(s.parameters for s in step.slices)]:
+        for key in scope:
+            if key not in shared:
+                raise RecipeError(f"{label}: {method.name} has no parameter {key!r}.{did_you_mean(key, shared)}")
+    for source in [*step.models, *(s for part in step.slices for s in part.sources)]:
+        for key in source.parameters:
+            if key not in own:
+                reason = "is not given model by model; set it for the step" if key in shared else "does not exist"
+                hint = "" if key in shared else did_you_mean(key, own)
+                raise RecipeError(f"{label}: {source.model}: the parameter {key!r} of {method.name} {reason}.{hint}")
+
+
+def _finish(
+    recipe: Recipe,
+    result: StepResult,
+    opened: Opened,
+    ledger: list[LedgerRow],
+    notes: list[str],
+    single_file: str,
+    source: Mapping[str, Any] | None,
+) -> Plan:
+    wanted = dtype_of(recipe.output.dtype) if recipe.output.dtype else None
+    if wanted is not None and wanted.name not in OUTPUT_DTYPES:
+        raise RecipeError(f"output.dtype {recipe.output.dtype!r}: choose one of float32, float16, bfloat16, float64.")
+    outputs = []
+    for name, entry in result.entries.items():
+        dtype = wanted if wanted is not None and entry.dtype.floating else entry.dtype
+        outputs.append(OutputTensor(name, dtype, entry.source, entry.rule))
+    config = dict(result.config)
+    if wanted is not None and config:
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        config[key] = wanted.torch
+    sizes = {o.name: o.nbytes for o in outputs}
+    real = {c.name: c for n, c in opened.checkpoints.items() if not n.startswith("@")}
+    names = {n: c.name for n, c in opened.checkpoints.items()}
+    written = _rename(source if source is not None else recipe.model_dump(mode="json", exclude_defaults=True), names)
+    shards = (
+        {single_file: list(sizes)} if single_file else split_into_shards(sizes, parse_size(recipe.output.shard_size))
+    )
+    files, copies = {}, {}
+    if not single_file:
+        if config:
+            files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        folder = result.reference.folder
+        if folder is not None:
+            copies = {n: folder / n for n in (*TOKENIZER_FILES, *OTHER_FILES) if (folder / n).is_file()}
+        if not copies.keys() & set(TOKENIZER_FILES) and config:
+            notes.append(f"{result.reference.name} has no tokenizer files, so the output has none.")
+        files["README.md"] = model_card(recipe, written, list(real.values()), config).encode()
+    identity = {
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "inputs": {n: c.fingerprint for n, c in opened.checkpoints.items() if not n.startswith("@")},
+        "paths": [str(c.folder.resolve()) for c in real.values() if c.folder is not None],
+        "version": __version__,
+    }
+    report = {
+        "weft": __version__,
+        "recipe": written,
+        "inputs": {c.name: {"tensors": len(c), "parameters": c.parameters, "bytes": c.nbytes} for c in real.values()},
+        "ledger": _ledger_summary(ledger),
+        "notes": notes,
+    }
+    return Plan(
+        outputs=outputs,
+        shards=shards,
+        identity=identity,
+        files=files,
+        copies=copies,
+        single_file=bool(single_file),
+        ledger=ledger,
+        notes=notes,
+        report=report,
+    )
+
+
+def _ledger_summary(ledger: list[LedgerRow]) -> dict[str, dict[str, list[str]]]:
+    """model -> rule -> its tensors."""
+    summary: dict[str, dict[str, list[str]]] = {}
+    for row in ledger:
+        summary.setdefault(row.model, {}).setdefault(row.rule, []).append(row.tensor)
+    return summary
+
+
+def _rename(value: Any, names: Mapping[str, str]) -> Any:
+    """A copy in which paths of models are replaced by the models' names."""
+    if isinstance(value, Mapping):
+        return {k: _rename(v, names) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rename(v, names) for v in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes from a number or a text such as ``5GB``, ``512MiB``.
+
+    >>> parse_size("5GB"), parse_size("1.5 MiB"), parse_size(10)
+    (5000000000, 1572864, 10)
+    """
+    if isinstance(size, int):
+        value = size
+    else:
+        text = size.strip().upper().removesuffix("B")
+        factor = 1
+        for suffix, power in (
+            ("KI", 2**10),
+            ("MI", 2**20),
+            ("GI", 2**30),
+            ("TI", 2**40),
+            ("K", 10**3),
+            ("M", 10**6),
+            ("G", 10**9),
+            ("T", 10**12),
+        ):
+            if text.endswith(suffix):
+                text, factor = text.removesuffix(suffix), power
+                break
+        try:
+            value = int(float(text) * factor)
+        except ValueError:
+            raise RecipeError(f"{size!r} is not a size; write it like 5GB or 512MiB.") from None
+    if value <= 0:
+        raise RecipeError(f"A size must be positive, got {size!r}.")
+    return value
