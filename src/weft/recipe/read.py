@@ -21,10 +21,8 @@ class _Loader(yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoa
     """Safe YAML that counts what aliases expand to: a few lines can otherwise stand for billions of nodes."""
 
 
-def read_recipe(source: str | Path | Mapping[str, Any]) -> tuple[list[Recipe], Any]:
-    """Recipes of a file or of Python data, and the data as written.
-
-    A file with several YAML documents is several named recipes, of which later ones may use earlier ones.
+def read_recipe(source: str | Path | Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a file or of Python data, and the data as written.
 
     Raises:
         RecipeError: not readable, not a recipe, or with a wrong field; the message names the field and the nearest.
@@ -33,10 +31,10 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> tuple[list[Recipe], A
     if any("merge_method" in d for d in documents):
         from weft.recipe.mergekit import translate
 
-        return [translate(documents)], documents if len(documents) > 1 else documents[0]
+        return translate(documents), documents[0] if len(documents) == 1 else {"documents": documents}
     if len(documents) != 1:
         raise RecipeError(f"A recipe is one YAML document with steps, found {len(documents)} documents.")
-    return [validate(documents[0])], documents[0]
+    return validate(documents[0]), documents[0]
 
 
 def validate(data: Mapping[str, Any]) -> Recipe:

@@ -61,15 +61,13 @@ def run(
 
 
 def make_plan(
-    recipe: str | os.PathLike[str] | Mapping[str, Any], opened: Opened, output: str | os.PathLike[str]
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    opened: Opened,
+    output: str | os.PathLike[str],
+    *,
+    options: Options | None = None,
 ) -> Plan:
     """The plan of a recipe, from headers alone; ``opened`` must stay open while it is carried out."""
-    data = recipe if isinstance(recipe, Mapping) else Path(recipe)
-    recipes, source = read_recipe(data)
+    found, written = read_recipe(recipe if isinstance(recipe, Mapping) else Path(recipe))
     name = Path(output).name
-    return plan_recipe(
-        recipes[-1],
-        opened,
-        single_file=name if name.endswith(".safetensors") else "",
-        source=source if isinstance(source, dict) else {"documents": source},
-    )
+    return plan_recipe(found, opened, single_file=name if name.endswith(".safetensors") else "", source=written)

@@ -1,0 +1,473 @@
+"""``weft``: one command for each thing that is done to weights.
+
+Help answers at once because nothing but the standard library and typer is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from weft.errors import RecipeError, WeftError, did_you_mean
+
+app = typer.Typer(
+    name="weft",
+    help="Merge, inspect and convert neural-network weights. A weight is a function: W = f(θ).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Out = Annotated[str, typer.Option("--output", "-o", help="Folder to make, or one file if it ends in .safetensors.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that weft made; discard an unfinished run.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything from headers and print the plan; write nothing.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-j", min=1, help="Worker threads (default: cores, at most 8).")
+]
+Memory = Annotated[
+    str, typer.Option("--memory", help="Memory budget such as 2GB (default: 512MB or a quarter of RAM).")
+]
+Plugin = Annotated[list[str] | None, typer.Option("--plugin", help="Python file with METHODS of your own; it is run.")]
+Plot = Annotated[str, typer.Option("--plot", help="Write an HTML page with plots.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16 (default: as the inputs).")]
+Limit = Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Rows to show.")]
+
+# options that are parameters of the chosen method arrive among the models, in order
+_METHOD_OPTIONS = {"ignore_unknown_options": True}
+
+
+def main() -> None:
+    """Entry point: errors that weft raises on purpose are printed, not traced."""
+    try:
+        app(standalone_mode=False)
+    except WeftError as error:
+        _fail(error)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        print("\nstopped; the same command continues where it was", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # a usage error of the option parser
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _fail(error: WeftError) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+@app.command(epilog="Example: weft run recipe.yaml -o merged/ --dry-run")
+def run(
+    recipe: Annotated[str, typer.Argument(help="weft's recipe or a mergekit file, YAML or JSON.")],
+    output: Out,
+    dry_run: DryRun = False,
+    force: Force = False,
+    threads: Threads = None,
+    memory: Memory = "",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    plugin: Plugin = None,
+) -> None:
+    """Carry out a recipe."""
+    _load_plugins(plugin)
+    _execute(recipe, output, dry_run, force, threads, memory, as_json, quiet)
+
+
+@app.command(
+    context_settings=_METHOD_OPTIONS, epilog="Example: weft merge ft0/ ft1/ --base base/ --method ties --density 0.5 -o merged/"
+)
+def merge(
+    models: Annotated[list[str], typer.Argument(help="Folders, files, base+adapter, or Hub ids org/name@revision.")],
+    output: Out,
+    method: Annotated[str, typer.Option("--method", "-m", help="A method's id; `weft methods` lists them.")] = "linear",
+    base: Annotated[str, typer.Option("--base", "-b", help="The common start of the models.")] = "",
+    weights: Annotated[str, typer.Option("--weights", "-w", help="One number for each model: 0.5,0.3,0.2.")] = "",
+    dtype: Dtype = "",
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest output file.")] = "5GB",
+    tokenizer: Annotated[str, typer.Option("--tokenizer", help="base, union, or a model.")] = "",
+    seed: Annotated[int, typer.Option("--seed", help="Of random methods.")] = 0,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", help="Glob of tensors to merge; others are copied.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Glob of tensors to copy.")] = None,
+    missing: Annotated[
+        str, typer.Option("--missing", help="A tensor that some models lack: error, skip or copy.")
+    ] = "error",
+    mismatch: Annotated[str, typer.Option("--mismatch", help="A tensor whose shape differs: error or copy.")] = "error",
+    score: Annotated[
+        str, typer.Option("--score", help="Shell command that prints a score last; {} is the candidate.")
+    ] = "",
+    allow_non_finite: Annotated[bool, typer.Option("--allow-non-finite", help="Let NaN and infinity through.")] = False,
+    dry_run: DryRun = False,
+    force: Force = False,
+    threads: Threads = None,
+    memory: Memory = "",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    plugin: Plugin = None,
+) -> None:
+    """Merge models. The method's own parameters are options too: --density 0.5 (see `weft methods ties`)."""
+    _load_plugins(plugin)
+    values, names = _method_options(models, method)
+    if weights:
+        values["weights"] = _value(weights) if "," in weights else [float(w) for w in _numbers(weights)]
+    recipe: dict[str, Any] = {
+        "steps": [
+            {
+                "method": method,
+                "models": names,
+                "parameters": values,
+                "missing": missing,
+                "mismatch": mismatch,
+                **({"base": base} if base else {}),
+                **({"include": include} if include else {}),
+                **({"exclude": exclude} if exclude else {}),
+                **({"score": score} if score else {}),
+            }
+        ],
+        "output": {
+            "shard_size": shard_size,
+            **({"dtype": dtype} if dtype else {}),
+            **({"tokenizer": {"source": tokenizer}} if tokenizer else {}),
+        },
+        "seed": seed,
+        "allow_non_finite": allow_non_finite,
+    }
+    _execute(recipe, output, dry_run, force, threads, memory, as_json, quiet)
+
+
+@app.command(epilog="Example: weft convert pytorch_model.bin -o model.safetensors")
+def convert(
+    model: Annotated[str, typer.Argument(help="What to read: .bin, .pt, folder, base+adapter, Hub id.")],
+    output: Out,
+    dtype: Dtype = "",
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest output file.")] = "5GB",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model as safetensors, without running anything that its files contain."""
+    step = {"method": "passthrough", "models": [model], "exclude": ["*"]}
+    recipe = {"steps": [step], "output": {"shard_size": shard_size, **({"dtype": dtype} if dtype else {})}}
+    _execute({**recipe, "allow_non_finite": True}, output, False, force, None, "", as_json, quiet)
+
+
+@app.command("inspect", epilog="Example: weft inspect model/ --plot page.html")
+def inspect_(
+    model: Annotated[str, typer.Argument(help="Folder, file, base+adapter or Hub id.")],
+    tensors: Annotated[str | None, typer.Option("--tensors", help="Glob of tensor names.")] = None,
+    spectrum: Annotated[
+        bool, typer.Option("--spectrum", help="Spectral norm and stable rank of matrices (slower).")
+    ] = False,
+    sort: Annotated[str, typer.Option("--sort", help="Column to sort by.")] = "",
+    limit: Limit = None,
+    as_json: Json = False,
+    plot: Plot = "",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Show shapes, dtypes, norms, spread, outliers, zeros and NaN of every tensor and layer."""
+    from weft.engine.progress import default_progress
+    from weft.view.commands import inspect_command
+
+    options = {"sort": sort} if sort else {}
+    with _progress(default_progress(quiet)) as progress:
+        text = inspect_command(
+            model, tensors=tensors, spectrum=spectrum, limit=limit, json=as_json, plot=plot or None, threads=threads,
+            progress=progress, **options,
+        )  # fmt: skip
+    print(text)
+
+
+@app.command(epilog="Example: weft diff tuned/ base/ --limit 20")
+def diff(
+    a: Annotated[str, typer.Argument(help="One model.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    tensors: Annotated[str | None, typer.Option("--tensors", help="Glob of tensor names.")] = None,
+    sort: Annotated[str, typer.Option("--sort", help="Column to sort by.")] = "",
+    limit: Limit = None,
+    as_json: Json = False,
+    plot: Plot = "",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Show what changed between two models, by tensor and by layer."""
+    from weft.engine.progress import default_progress
+    from weft.view.commands import diff_command
+
+    options = {"sort": sort} if sort else {}
+    with _progress(default_progress(quiet)) as progress:
+        text = diff_command(
+            a,
+            b,
+            tensors=tensors,
+            limit=limit,
+            json=as_json,
+            plot=plot or None,
+            threads=threads,
+            progress=progress,
+            **options,
+        )
+    print(text)
+
+
+@app.command(epilog="Example: weft extract tuned/ --base base/ --lora-rank 32 -o adapter/")
+def extract(
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    output: Out,
+    base: Annotated[str, typer.Option("--base", "-b", help="The model it was tuned from.")],
+    lora_rank: Annotated[int, typer.Option("--lora-rank", "-r", min=1, help="Rank of the adapter.")] = 32,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha (default: the rank).")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Smallest rank that keeps this share of each change.")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option("--include", help="Glob of tensors.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Glob of tensors to leave out.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn the difference of two models into a LoRA adapter that PEFT loads."""
+    from weft.edit.extract_lora import extract_lora
+    from weft.engine.progress import default_progress
+
+    with _progress(default_progress(quiet)) as progress:
+        report = extract_lora(
+            tuned, base, output, rank=lora_rank, alpha=alpha, min_energy=energy, include=tuple(include or ()),
+            exclude=tuple(exclude or ()), force=force, progress=progress,
+        )  # fmt: skip
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
+
+
+@app.command(epilog='Example: weft papers "fine-tunes interfere"')
+def papers(
+    query: Annotated[list[str] | None, typer.Argument(help="Words for your problem, or a paper's key.")] = None,
+    have: Annotated[str | None, typer.Option("--have", help="What you have: 'one trained model' …")] = None,
+    want: Annotated[
+        str | None, typer.Option("--want", help="combine, shrink, adapt, train, edit, measure, predict.")
+    ] = None,
+    family: Annotated[str | None, typer.Option("--family", help="merge, quantize, prune …")] = None,
+    grade: Annotated[str | None, typer.Option("--grade", help="planned, lab, checked or core.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows to show.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Find the paper for a problem, and how to run its method here."""
+    from weft.papers import papers_command
+
+    print(papers_command(" ".join(query or ()), have, want, family, grade, limit, as_json))
+
+
+@app.command(epilog="Example: weft methods combine")
+def methods(
+    name: Annotated[str, typer.Argument(help="A goal (combine, shrink …) or a method's id, for its parameters.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List methods by goal, or show one method's parameters."""
+    from weft.cli.show import method_text
+    from weft.papers import methods_command
+    from weft.registry import index
+
+    rows = {r["name"]: r for r in index()}
+    if name in rows:
+        print(json.dumps(rows[name], indent=1) if as_json else method_text(rows[name]))
+        return
+    from weft.method import GOALS
+
+    if name and name not in GOALS:
+        raise RecipeError(f"{name!r} is neither a goal nor a method.{did_you_mean(name, [*GOALS, *rows])}")
+    print(methods_command(name or None, as_json))
+
+
+@app.command(epilog="Example: weft schema > recipe.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from weft.recipe.json_schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=1))
+
+
+@app.command(epilog="Example: weft init merge > recipe.yaml")
+def init(kind: Annotated[str, typer.Argument(help="merge, slices, chain, soup or mergekit.")] = "merge") -> None:
+    """Print a recipe to start from."""
+    from weft.cli.show import template
+
+    print(template(kind), end="")
+
+
+@app.command(epilog="Example: weft doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Check the installation: versions, cores, memory, compiled kernels, optional packages."""
+    from weft.cli.doctor import examine, text
+
+    findings = examine()
+    print(json.dumps(findings, indent=1) if as_json else text(findings))
+    if not findings["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command("test-method", epilog="Example: weft test-method my_merge --plugin my_merge.py")
+def test_method(
+    name: Annotated[str, typer.Argument(help="A method's id.")],
+    plugin: Plugin = None,
+    as_json: Json = False,
+) -> None:
+    """Run the contract battery on a method, your own included."""
+    from weft.contract import run_battery
+    from weft.registry import method as find_method
+
+    _load_plugins(plugin)
+    results = run_battery(find_method(name))
+    failed = [r for r in results if r["outcome"] == "failed"]
+    if as_json:
+        print(json.dumps(results, indent=1))
+    else:
+        for row in results:
+            print(f"{row['outcome']:8} {row['check']}{': ' + row['reason'] if row['reason'] else ''}")
+        print(f"{len(results) - len(failed)} of {len(results)} checks passed")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from weft import __version__
+
+        print(f"weft {__version__}")
+        raise typer.Exit()
+
+
+def _load_plugins(paths: list[str] | None) -> None:
+    if paths:
+        from weft.registry import load_plugin
+
+        for path in paths:
+            load_plugin(path)
+
+
+def _execute(
+    recipe: str | dict[str, Any],
+    output: str,
+    dry_run: bool,
+    force: bool,
+    threads: int | None,
+    memory: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from contextlib import closing
+
+    from weft.cli.show import plan_facts, plan_text, result_text
+    from weft.engine.progress import default_progress
+    from weft.engine.run import Options, execute
+    from weft.recipe.planner import Opened, parse_size
+    from weft.recipe.run import make_plan
+
+    options = Options(force=force)
+    if threads:
+        options.threads = threads
+    if memory:
+        options.memory = parse_size(memory)
+    opened = Opened()
+    with closing(opened), _progress(default_progress(quiet or dry_run)) as progress:
+        options.progress = progress
+        plan = make_plan(recipe, opened, output, options=options)
+        if dry_run:
+            facts = plan_facts(plan, options)
+            print(json.dumps(facts, indent=1) if as_json else plan_text(facts))
+            return
+        for note in plan.notes:
+            print(f"note: {note}", file=sys.stderr)
+        result = execute(plan, output, options)
+    facts = {
+        "output": output,
+        "tensors": result.tensors,
+        "resumed": result.resumed,
+        "bytes": result.nbytes,
+        "seconds": round(result.seconds, 2),
+        "notes": result.notes,
+    }
+    print(json.dumps(facts) if as_json else result_text(facts))
+
+
+@contextmanager
+def _progress(progress: Any) -> Iterator[Any]:
+    try:
+        yield progress
+    finally:
+        progress.finish()
+
+
+def _method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], list[str]]:
+    """``--density 0.5 --normalize false`` as parameters; what is no option is one more model."""
+    from weft.registry import method as find_method
+
+    row = find_method(method)
+    values: dict[str, Any] = {}
+    models: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            models.append(argument)
+            continue
+        key, equals, text = argument[2:].partition("=")
+        key = key.replace("-", "_")
+        known = row.parameters
+        if key not in known and key.removeprefix("no_") in known and not equals:
+            values[key.removeprefix("no_")] = False
+            continue
+        if key not in known:
+            raise RecipeError(f"{method} has no option --{key.replace('_', '-')}.{did_you_mean(key, known)}")
+        if not equals:
+            if known[key].type == "bool" and (not rest or rest[0].lower() not in ("true", "false")):
+                values[key] = True
+                continue
+            if not rest:
+                raise RecipeError(f"--{key.replace('_', '-')} needs a value.")
+            text = rest.pop(0)
+        values[key] = _value(text)
+    return values, models
+
+
+def _numbers(text: str) -> list[str]:
+    for part in text.split(","):
+        try:
+            float(part)
+        except ValueError:
+            raise RecipeError(f"--weights: {part!r} is not a number; write them like 0.5,0.3,0.2.") from None
+    return text.split(",")
+
+
+def _value(text: str) -> Any:
+    """A number, true or false, a list of numbers, or text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return [float(p) for p in text.split(",")] if "," in text else float(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    main()
