@@ -130,7 +130,7 @@ def merge(
     _load_plugins(plugin)
     values, names = _method_options(models, method)
     if weights:
-        values["weights"] = _value(weights) if "," in weights else [float(w) for w in _numbers(weights)]
+        values["weights"] = [float(w) for w in _numbers(weights)]
     recipe: dict[str, Any] = {
         "steps": [
             {

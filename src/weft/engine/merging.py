@@ -125,7 +125,7 @@ class Merge:
         chunk = self.inputs.chunk(number, workspace, staged)
         out = workspace.array("out", (chunk.size,))
         self.stage.method.combine(chunk, self.config, self.state, out)
-        if self.inputs.deltas:
+        if self.inputs.deltas and chunk.base is not None:
             add_in_place(out, chunk.base)
         return out
 

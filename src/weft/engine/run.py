@@ -88,7 +88,9 @@ def execute(plan: Plan, output: str | os.PathLike[str], options: Options | None 
     if not plan.outputs:
         raise RecipeError("The recipe produces no tensors; nothing was written.")
     work = WorkFolder(target)
-    _check_target(target, work, plan, options.force)
+    if _published_before_a_kill(target, work, plan):
+        return Result(target, 0, len(plan.outputs), time.monotonic() - began, plan.output_bytes, plan.notes)
+    _check_target(target, plan, options.force)
     _check_space(target, work, plan)
     work.acquire()
     try:
@@ -116,7 +118,18 @@ def execute(plan: Plan, output: str | os.PathLike[str], options: Options | None 
     return Result(target, len(plan.outputs) - resumed, resumed, seconds, plan.output_bytes, plan.notes)
 
 
-def _check_target(target: Path, work: WorkFolder, plan: Plan, force: bool) -> None:
+def _published_before_a_kill(target: Path, work: WorkFolder, plan: Plan) -> bool:
+    """Whether this very run had given the output its name and was killed before it could tidy up; tidies up."""
+    if not (target.exists() and work.root.is_dir()) or work.files.exists() and any(work.files.iterdir()):
+        return False
+    if work.read()[0] != _plain(plan.identity):
+        return False
+    work.acquire()
+    work.remove()
+    return True
+
+
+def _check_target(target: Path, plan: Plan, force: bool) -> None:
     for name in plan.identity.get("paths", []):
         source = Path(name)
         if source == target or target in source.parents:
