@@ -268,7 +268,14 @@ class Scan:
         return sum(i.size // max(i.row_length, 1) for i in self.inputs)
 
     def fold(self, visit: Callable[[Chunk, T], None], zero: Callable[[], T]) -> T:
-        """Let ``visit`` add every chunk to an accumulator; accumulators of several tensors are added in order."""
+        """Let ``visit`` add every chunk to an accumulator that supports ``+=``.
+
+        Integer arrays are added up by each thread, since their sum does not depend on the order; accumulators of
+        anything else are kept for each tensor and added in order.
+        """
+        first = zero()
+        if isinstance(first, np.ndarray) and first.dtype.kind in "iu":
+            return self._fold_exact(visit, zero)
 
         def one(inputs: Inputs) -> T:
             total = zero()
@@ -276,10 +283,23 @@ class Scan:
                 visit(chunk, total)
             return total
 
-        totals = self._map(one)
-        result = next(totals)
-        for other in totals:
-            result += other
+        for other in self._map(one):
+            first += other
+        return first
+
+    def _fold_exact(self, visit: Callable[[Chunk, T], None], zero: Callable[[], T]) -> T:
+        totals: dict[int, T] = {}
+
+        def one(inputs: Inputs) -> None:
+            total = totals.setdefault(threading.get_ident(), zero())
+            for chunk in inputs.chunks(self._workspace(), self._staged):
+                visit(chunk, total)
+
+        for _ in self._map(one):
+            pass
+        result = zero()
+        for total in totals.values():
+            result += total
         return result
 
     def collect(self, visit: Callable[[Chunk], T]) -> dict[tuple[int, int], T]:

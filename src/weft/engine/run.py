@@ -120,7 +120,7 @@ def execute(plan: Plan, output: str | os.PathLike[str], options: Options | None 
 
 def _published_before_a_kill(target: Path, work: WorkFolder, plan: Plan) -> bool:
     """Whether this very run had given the output its name and was killed before it could tidy up; tidies up."""
-    if not (target.exists() and work.root.is_dir()) or work.files.exists() and any(work.files.iterdir()):
+    if not (target.exists() and work.root.is_dir()) or (work.files.exists() and any(work.files.iterdir())):
         return False
     if work.read()[0] != _plain(plan.identity):
         return False
@@ -183,8 +183,13 @@ def _begin(work: WorkFolder, plan: Plan, force: bool) -> tuple[dict[str, str], d
         writer.close()
     shutil.rmtree(work.files, ignore_errors=True)
     work.files.mkdir()
-    for writer in writers.values():
-        writer.create()
+    try:
+        for writer in writers.values():
+            writer.create()
+    except BaseException:
+        for writer in writers.values():
+            writer.close()
+        raise
     work.begin(_plain(plan.identity))
     return {}, writers
 

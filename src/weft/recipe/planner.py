@@ -174,6 +174,8 @@ class _StepBuilder:
         self.reference = opened.get(first)
         self.config = dict(self.reference.config)
         self.noted: set[str] = set()
+        self.layers = find_layers(self.reference.tensors, self.reference.config)
+        self.kinds = {self._kind(name) for name in self.reference.tensors}
 
     # one output tensor for each name that any model has
 
@@ -183,7 +185,6 @@ class _StepBuilder:
         self.method.check_models(len(step.models), step.base is not None)
         models = [(s, self.opened.get(s.model)) for s in step.models]
         base = self.opened.get(step.base) if step.base else None
-        layers = find_layers(self.reference.tensors, self.reference.config)
         every = [*([base] if base else []), *(c for _, c in models)]
         for name in _ordered_union(self.reference, every):
             self._one(
@@ -191,7 +192,7 @@ class _StepBuilder:
                 [(s, c, name) for s, c in models],
                 (base, name) if base else None,
                 (step.parameters,),
-                layers.depth(name),
+                self.layers.depth(name),
             )
         return self.entries
 
@@ -307,21 +308,25 @@ class _StepBuilder:
             return self._copy(name, first, where, base, "copied: not floating point")
         if not self._selected(name):
             return self._copy(name, first, where, base, "copied: not selected")
-        in_reference = (base_tensor is not None) if base else (tensors[0] is not None)
         have = [i for i, t in enumerate(tensors) if t is not None]
+        in_reference = (base_tensor is not None) if base else (tensors[0] is not None)
+        expected = in_reference or len(have) > 1 or self._kind(name) in self.kinds
         if len(have) < len(tensors) or (base is not None and base_tensor is None):
-            if not in_reference:
+            if not expected:
                 self._note(f"Only {' and '.join(owners)} has {name}: copied.", "only in")
                 return self._copy(name, first, where, base, f"copied: only in {owners[0]}")
-            lacking = [labels[i] for i in range(len(tensors)) if i not in have]
+            lacking = [c for c, t in zip([c for _, c, _ in where], tensors) if t is None]
+            if base is not None and base_tensor is None:
+                lacking.append(base[0])
             if self.step.missing == "error":
-                hint = did_you_mean(name, where[labels.index(lacking[0])][1].tensors)
+                hint = did_you_mean(name, lacking[0].tensors)
                 raise MissingTensorError(
-                    f"{lacking[0]} has no tensor {name!r}, which {self.reference.name} has.{hint if 'Did' in hint else ''} "
+                    f"{lacking[0].name} has no tensor {name!r}, which other models have.{hint if 'Did' in hint else ''} "
                     "Check that the models share an architecture, or choose what happens with --missing skip or copy."
                 )
-            if self.step.missing == "copy" or len(have) < self.method.models[0]:
-                return self._copy(name, first, where, base, "copied: missing in " + ", ".join(lacking))
+            without_base = base is not None and base_tensor is None
+            if self.step.missing == "copy" or without_base or len(have) < self.method.models[0]:
+                return self._copy(name, first, where, base, "copied: missing in " + ", ".join(c.name for c in lacking))
             where, tensors = [where[i] for i in have], [tensors[i] for i in have]
         present = [t for t in tensors if t is not None]
         if {t.shape for t in present} | {first.shape} != {first.shape}:
@@ -349,6 +354,11 @@ class _StepBuilder:
         self.entries[name] = Entry(Merge(self.stage, config, inputs), self._out_dtype(first), self.method.name)
         self._record(name, self.method.name, where, base)
         return None
+
+    def _kind(self, name: str) -> str:
+        """The name without its layer's number: a tensor that other layers of the reference have is no stranger."""
+        found = self.layers.split(name)
+        return found[1] if found else name
 
     def _selected(self, name: str) -> bool:
         def matches(patterns: Iterable[str]) -> bool:
