@@ -94,7 +94,8 @@ def run(
 
 
 @app.command(
-    context_settings=_METHOD_OPTIONS, epilog="Example: weft merge ft0/ ft1/ --base base/ --method ties --density 0.5 -o merged/"
+    context_settings=_METHOD_OPTIONS,
+    epilog="Example: weft merge ft0/ ft1/ --base base/ --method ties --density 0.5 -o merged/",
 )
 def merge(
     models: Annotated[list[str], typer.Argument(help="Folders, files, base+adapter, or Hub ids org/name@revision.")],
@@ -274,7 +275,8 @@ def papers(
     """Find the paper for a problem, and how to run its method here."""
     from weft.papers import papers_command
 
-    print(papers_command(" ".join(query or ()), have, want, family, grade, limit, as_json))
+    asked = bool(query or have or want or family or grade)
+    print(papers_command(" ".join(query or ()), have, want, family, grade, limit if asked else None, as_json))
 
 
 @app.command(epilog="Example: weft methods combine")
@@ -391,7 +393,7 @@ def _execute(
     opened = Opened()
     with closing(opened), _progress(default_progress(quiet or dry_run)) as progress:
         options.progress = progress
-        plan = make_plan(recipe, opened, output, options=options)
+        plan = make_plan(recipe, opened, output, options=options, dry_run=dry_run)
         if dry_run:
             facts = plan_facts(plan, options)
             print(json.dumps(facts, indent=1) if as_json else plan_text(facts))

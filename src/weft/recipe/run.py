@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from weft.engine.plan import Plan, default_memory
 from weft.engine.run import Options, Result, execute
 from weft.recipe.planner import Opened, parse_size, plan_recipe
 from weft.recipe.read import read_recipe
+from weft.recipe.soup import choose_members
 
 
 def run(
@@ -22,6 +23,7 @@ def run(
     threads: int | None = None,
     memory: int | str | None = None,
     force: bool = False,
+    score: Callable[[Path], float] | None = None,
     options: Options | None = None,
 ) -> Result:
     """Carry out a recipe.
@@ -33,6 +35,7 @@ def run(
         threads: worker threads; default: the cores, at most 8.
         memory: budget of resident memory, in bytes or as ``"2GB"``.
         force: replace an output that weft made.
+        score: for ``greedy_soup``: score of a candidate's folder, higher is better; instead of the step's command.
         options: all of the above and more, instead of them.
 
     Returns:
@@ -57,7 +60,7 @@ def run(
         options.memory = parse_size(memory) if memory is not None else default_memory()
     opened = Opened(given=models or {})
     with closing(opened):
-        return execute(make_plan(recipe, opened, output), output, options)
+        return execute(make_plan(recipe, opened, output, options=options, score=score), output, options)
 
 
 def make_plan(
@@ -66,8 +69,16 @@ def make_plan(
     output: str | os.PathLike[str],
     *,
     options: Options | None = None,
+    score: Callable[[Path], float] | None = None,
+    dry_run: bool = False,
 ) -> Plan:
-    """The plan of a recipe, from headers alone; ``opened`` must stay open while it is carried out."""
+    """The plan of a recipe; ``opened`` must stay open while it is carried out.
+
+    Headers alone decide it, except for a greedy soup, whose candidates are written and scored (not in a dry run).
+    """
     found, written = read_recipe(recipe if isinstance(recipe, Mapping) else Path(recipe))
+    found, notes = choose_members(found, opened, Path(output), options or Options(), score, dry_run)
     name = Path(output).name
-    return plan_recipe(found, opened, single_file=name if name.endswith(".safetensors") else "", source=written)
+    plan = plan_recipe(found, opened, single_file=name if name.endswith(".safetensors") else "", source=written)
+    plan.notes.extend(notes)
+    return plan
