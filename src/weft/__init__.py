@@ -15,17 +15,31 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Checkpoint": ("weft.checkpoint.checkpoint", "Checkpoint"),
     "WeftError": ("weft.errors", "WeftError"),
+    "adapt": ("weft.adapt", ""),
+    "bake_": ("weft.function.attach", "bake_"),
+    "functions": ("weft.function.attach", "functions"),
     "merge": ("weft.merge", ""),
+    "normalize": ("weft.normalize", ""),
+    "parametrize_": ("weft.function.attach", "parametrize_"),
+    "plain_state_dict": ("weft.function.export", "plain_state_dict"),
+    "save": ("weft.function.export", "save"),
     "run": ("weft.recipe.run", "run"),
     "open": ("weft.checkpoint.open", "open_checkpoint"),
 }
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
+    from weft import adapt as adapt
     from weft import merge as merge
+    from weft import normalize as normalize
     from weft.checkpoint.checkpoint import Checkpoint as Checkpoint
     from weft.checkpoint.open import open_checkpoint as open  # noqa: F401
     from weft.errors import WeftError as WeftError
+    from weft.function.attach import bake_ as bake_
+    from weft.function.attach import functions as functions
+    from weft.function.attach import parametrize_ as parametrize_
+    from weft.function.export import plain_state_dict as plain_state_dict
+    from weft.function.export import save as save
     from weft.recipe.run import run as run
 
 

@@ -20,35 +20,38 @@ from typing import Any
 from weft.errors import RecipeError, did_you_mean
 from weft.method import Method
 
-FAMILIES = ("merge", "edit")
+FAMILIES = ("merge", "edit", "adapt", "normalize")
 ENTRY_POINT = "weft.methods"
 INDEX = Path(__file__).with_name("methods.json")
 _plugins: dict[str, Method] = {}
 
 
 @cache
-def _built_in() -> dict[str, Method]:
+def _family(family: str) -> dict[str, Method]:
     found: dict[str, Method] = {}
-    for family in FAMILIES:
-        package = importlib.import_module(f"weft.{family}")
-        for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
-            for method in getattr(importlib.import_module(f"weft.{family}.{module}"), "METHODS", ()):
-                if method.name in found:
-                    raise RuntimeError(f"two methods are called {method.name!r}")
-                found[method.name] = method
+    package = importlib.import_module(f"weft.{family}")
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        for row in getattr(importlib.import_module(f"weft.{family}.{module}"), "METHODS", ()):
+            if row.name in found:
+                raise RuntimeError(f"two methods are called {row.name!r}")
+            found[row.name] = row
     return found
+
+
+def _built_in() -> dict[str, Method]:
+    return {name: row for family in FAMILIES for name, row in _family(family).items()}
 
 
 def methods() -> dict[str, Method]:
     """All methods by name, built-in ones first, then those of installed packages and of ``--plugin`` files."""
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT):
         if entry.name not in _plugins:
-            _add(entry.load(), f"entry point {entry.name}")
+            add(entry.load(), f"entry point {entry.name}")
     return {**_built_in(), **_plugins}
 
 
 def method(name: str) -> Method:
-    """The method called ``name``.
+    """The method called ``name``; imports its family only, so that a merge does not wait for torch.
 
     Raises:
         RecipeError: there is none; the message names the nearest.
@@ -56,10 +59,14 @@ def method(name: str) -> Method:
     >>> method("ties").goal
     'combine'
     """
-    known = methods()
-    if name not in known:
-        raise RecipeError(f"There is no method {name!r}.{did_you_mean(name, known)} `weft methods` lists them all.")
-    return known[name]
+    family = next((row["family"] for row in index() if row["name"] == name), None)
+    found = _family(family).get(name) if family else _plugins.get(name)
+    if found is None:
+        known = methods()
+        if name not in known:
+            raise RecipeError(f"There is no method {name!r}.{did_you_mean(name, known)} `weft methods` lists them all.")
+        found = known[name]
+    return found
 
 
 def load_plugin(path: str | Path) -> list[Method]:
@@ -73,10 +80,11 @@ def load_plugin(path: str | Path) -> list[Method]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return _add(getattr(module, "METHODS", ()), str(path))
+    return add(getattr(module, "METHODS", ()), str(path))
 
 
-def _add(rows: Any, where: str) -> list[Method]:
+def add(rows: Any, where: str = "plugin") -> list[Method]:
+    """Register rows from outside; raises ``RecipeError`` if a name is taken."""
     rows = [rows] if isinstance(rows, Method) else list(rows)
     if not rows or not all(isinstance(r, Method) for r in rows):
         raise RecipeError(f"{where}: a plugin defines METHODS, a sequence of weft.method.Method rows; found none.")
@@ -111,6 +119,11 @@ def summary() -> list[dict[str, Any]]:
 
 def index() -> list[dict[str, Any]]:
     """The committed summary of all built-in methods; imports no family."""
+    return _index()
+
+
+@cache
+def _index() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
     return rows
 

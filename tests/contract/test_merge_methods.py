@@ -18,5 +18,5 @@ def test_contract(name: str) -> None:
     assert len([r for r in results if r["outcome"] == "expected"]) <= 2
 
 
-def test_every_method_is_covered() -> None:
-    assert set(ROWS) == set(methods()), "a registry row has no contract battery"
+def test_every_merge_is_covered() -> None:
+    assert {n for n, m in methods().items() if m.family in ("merge", "edit")} <= set(ROWS), "a row has no battery"

@@ -9,7 +9,7 @@ TIES-Merging, Yadav et al., arXiv:2306.01708 (2023).
 
 Differences from the paper and its code: exactly ``floor(density · n)`` elements are kept; of equal magnitudes the
 lowest index wins (the code keeps whatever its sort puts first). mergekit trims each tensor by itself
-(``scope="tensor"``), the paper the whole model.
+(``scope="tensor"``) and keeps at least one element of it, the paper trims the whole model.
 Complexity: two or three passes to find the thresholds, one to merge. Re-implemented from the equations
 (official code: MIT).
 """
@@ -81,7 +81,9 @@ def ties(
 
 
 def _prepare(scan: Scan, config: Ties) -> list[Threshold]:
-    return largest(scan, [int(d * scan.size) for d in per_model(config.density, scan.models, "density")])
+    fewest = 1 if config.scope == "tensor" else 0  # so that tensors of a few elements change at all
+    densities = per_model(config.density, scan.models, "density")
+    return largest(scan, [max(int(d * scan.size), fewest if d > 0 else 0) for d in densities])
 
 
 def _combine(chunk: Chunk, config: Ties, state: list[Threshold], out: np.ndarray) -> None:

@@ -1,0 +1,105 @@
+"""What a weight function is.
+
+A weight function computes a weight W from a stored tensor and parameters of its own. It is an ``nn.Module`` whose
+``forward(stored)`` returns W, and it may offer three things more:
+
+- ``right_inverse(weight)``: the stored tensor from which ``forward`` gives ``weight`` back, where there is one;
+- ``product(x, inner)``: x multiplied by W, when that is cheaper than building W; ``inner(x)`` multiplies by what lies
+  beneath, so that fast paths chain;
+- ``update(stored)``: a change of buffers, called once before each forward pass in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from weft.method import Method
+
+Inner = Callable[[Tensor], Tensor]
+
+
+class WeightFunction(nn.Module):
+    """Base of all weight functions. Subclasses define ``forward`` and what else they have.
+
+    Shapes are those of a matrix as ``nn.Linear`` stores it, (out, in), with any further axes of a convolution behind
+    (out, in, …), or a stack of matrices (experts, out, in) where ``batched`` is true.
+    """
+
+    has_product = False
+    has_update = False
+    freezes = False  # the stored tensor does not train (adapters)
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """The weight. Runs in every forward pass, so it must compile: no branches on values, no ``.item()``."""
+        raise NotImplementedError
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The stored tensor for a weight; the weight itself unless a subclass knows better."""
+        return weight
+
+    def product(self, x: Tensor, inner: Inner) -> Tensor:
+        """x (…, in) times Wᵀ, as (…, out); ``inner`` multiplies by the stored matrix. Set ``has_product``."""
+        raise NotImplementedError
+
+    def update(self, stored: Tensor) -> None:
+        """Change buffers, once before a forward pass in training, without gradients. Set ``has_update``."""
+        raise NotImplementedError
+
+
+class FunctionConfig(Protocol):
+    """A configuration that knows how to build its function for one weight."""
+
+    def build(self, weight: Tensor, *, batched: bool) -> WeightFunction:
+        """The function for a weight of this shape, dtype and device; ``batched`` for a stack of matrices."""
+
+
+@dataclass(frozen=True)
+class FunctionMethod(Method):
+    """A registry row of a weight function.
+
+    Attributes:
+        starts_at: what W is right after attaching: "weight" (unchanged) or "transformed" (f of the old weight).
+    """
+
+    starts_at: str = "weight"
+
+
+class Transposed(WeightFunction):
+    """A function of matrices for layers that store the transpose (GPT-2's Conv1D: (in, out))."""
+
+    def __init__(self, function: WeightFunction):
+        super().__init__()
+        self.function = function
+        self.has_product = function.has_product
+        self.has_update = function.has_update
+        self.freezes = function.freezes
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """The weight as the layer stores it, (in, out)."""
+        return self.function(stored.mT).mT
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The stored tensor as the layer stores it."""
+        return self.function.right_inverse(weight.mT).mT.contiguous()
+
+    def product(self, x: Tensor, inner: Inner) -> Tensor:
+        """See :class:`WeightFunction`; orientation does not matter to a product."""
+        return self.function.product(x, inner)
+
+    def update(self, stored: Tensor) -> None:
+        """See :class:`WeightFunction`."""
+        self.function.update(stored.mT)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """(out, in, …) -> (out, rest): a convolution's kernel as the matrix that it multiplies by.
+
+    >>> import torch
+    >>> as_matrix(torch.zeros(4, 3, 5, 5)).shape
+    torch.Size([4, 75])
+    """
+    return weight.reshape(weight.shape[0], -1)
