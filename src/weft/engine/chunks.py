@@ -284,7 +284,7 @@ class Scan:
             return total
 
         for other in self._map(one):
-            first += other
+            first += other  # type: ignore[operator]
         return first
 
     def _fold_exact(self, visit: Callable[[Chunk, T], None], zero: Callable[[], T]) -> T:

@@ -1,7 +1,7 @@
 """The k-th largest of millions of numbers, exactly, without sorting and without holding them.
 
 Non-negative floats are ordered as their bit patterns are, so counting patterns finds a quantile: one pass counts the
-upper 16 bits, a second the lower 16 bits of those in the right bucket. Numbers equal to the threshold are kept by
+upper 16 bits, a second the lower 16 bits of those in the right bucket (or keeps these, if they are few). Numbers equal to the threshold are kept by
 position, lowest index first, so that exactly k are kept whatever the chunking.
 """
 
@@ -17,6 +17,7 @@ from weft.kernels.jit import kernel, reduction
 
 _BUCKETS = 1 << 15  # the sign bit is always zero
 _LOW_BUCKETS = 1 << 16
+_GATHERED = 1 << 22  # numbers in the threshold's bucket that are kept in memory: 16 MiB
 _NO_SIGN = np.uint32(0x7FFFFFFF)
 Measure = Callable[[Chunk, int], np.ndarray]
 
@@ -76,6 +77,11 @@ def largest(scan: Scan, counts: Sequence[int], measure: Measure = magnitude) -> 
     bucket, inside = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     for r in open_rows:
         bucket[r], inside[r] = _find(high[r], counts[r])
+    if sum(int(high[r][bucket[r]]) for r in open_rows) <= _GATHERED:
+        found = _gather(scan, measure, open_rows, bucket, high)
+        for r in open_rows:
+            result[r] = _among(found[r], int(inside[r]))
+        return result
 
     def count_low(chunk: Chunk, total: np.ndarray) -> None:
         for r in open_rows:
@@ -111,6 +117,34 @@ def kept(magnitudes: np.ndarray, threshold: Threshold, key: tuple[int, int], out
     mark_largest(magnitudes, np.float32(threshold.value), threshold.quota(key), out)
 
 
+def _gather(
+    scan: Scan, measure: Measure, rows: list[int], bucket: np.ndarray, high: np.ndarray
+) -> dict[int, dict[tuple[int, int], np.ndarray]]:
+    """The numbers in each row's bucket, by chunk: when they are few, one pass instead of two finds the threshold."""
+
+    def visit(chunk: Chunk) -> list[np.ndarray]:
+        found = []
+        for r in rows:
+            out = np.empty(min(chunk.size, int(high[r][bucket[r]])), np.float32)
+            count = gather_bucket(measure(chunk, r).view(np.uint32), np.uint32(bucket[r]), out.view(np.uint32))
+            found.append(out[:count].copy())
+        return found
+
+    gathered = scan.collect(visit)
+    return {r: {key: found[i] for key, found in gathered.items()} for i, r in enumerate(rows)}
+
+
+def _among(found: dict[tuple[int, int], np.ndarray], count: int) -> Threshold:
+    """The threshold that keeps the ``count`` largest of the numbers found."""
+    numbers = np.concatenate(list(found.values()))
+    value = np.partition(numbers, numbers.size - count)[numbers.size - count]
+    ties = {key: int(np.count_nonzero(part == value)) for key, part in found.items()}
+    quota = count - int(np.count_nonzero(numbers > value))
+    if quota == sum(ties.values()):
+        return Threshold(float(value), None)
+    return _by_position(float(value), ties, quota)
+
+
 def _find(histogram: np.ndarray, count: int) -> tuple[int, int]:
     """The bucket that holds the ``count``-th largest, and its rank inside that bucket."""
     from_top = np.cumsum(histogram[::-1])
@@ -134,6 +168,17 @@ def _by_position(value: float, ties: dict[tuple[int, int], int], quota: int) -> 
 def histogram_high(bits, histogram):
     for i in range(bits.size):
         histogram[(bits[i] & _NO_SIGN) >> np.uint32(16)] += 1
+
+
+@kernel
+def gather_bucket(bits, bucket, out):
+    count = 0
+    for i in range(bits.size):
+        word = bits[i] & _NO_SIGN
+        if word >> np.uint32(16) == bucket:
+            out[count] = word
+            count += 1
+    return count
 
 
 @kernel

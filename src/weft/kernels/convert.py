@@ -25,7 +25,8 @@ def to_float32(bits: np.ndarray, dtype: DType, out: np.ndarray | None = None) ->
     if dtype.name == "BF16":
         bfloat16_to_float32(flat, target.view(np.uint32))
     elif dtype.name in ("F32", "F16", "F64"):
-        np.copyto(target, flat, casting="same_kind")
+        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond the range; callers count what is not finite
+            np.copyto(target, flat, casting="same_kind")
     elif dtype.name.startswith("F8_E") and dtype.floating:
         np.take(_float8_table(dtype.name), flat, out=target)
     else:
@@ -46,7 +47,8 @@ def from_float32(values: np.ndarray, dtype: DType, out: np.ndarray | None = None
     if dtype.name == "BF16":
         float32_to_bfloat16(values.reshape(-1).view(np.uint32), out.reshape(-1))
     else:
-        with np.errstate(over="ignore"):  # beyond the range of float16 is infinity, and is counted by the caller
+        # beyond the range of float16 is infinity, and is counted by the caller; a signalling NaN is let through
+        with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(out, values, casting="same_kind")
     return out
 
