@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results") / "merge_vs_mergekit.json"
 BIN = Path(sys.executable).parent
 WEIGHTS = (0.5, 0.3, 0.4)
+MARKS = ("<!-- merge table: written by benchmarks/merge_vs_mergekit.py -->", "<!-- end of merge table -->")
 GOALS = {"linear": 4, "task_arithmetic": 8, "slerp": 20, "dare_ties": 30, "ties": 40}
 
 
@@ -127,6 +128,35 @@ def interval(ratios: list[float]) -> list[float] | None:
     return [round(math.exp(mean - half), 2), round(math.exp(mean + half), 2)]
 
 
+def table(result: dict[str, Any]) -> str:
+    """The README's table from the committed result."""
+    lines = [
+        f"{result['model']}; {result['machine']}; whole commands, warm files, median of "
+        f"{len(next(iter(result['methods'].values()))['weft_seconds'])} alternating runs. Peak is {result['peak']}.",
+        "",
+        "| method | weft | mergekit 0.1.5 | faster | 95% interval | without start-up | peak weft | peak mergekit | share of the read-and-write floor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, row in result["methods"].items():
+        ours, theirs = (statistics.median(row[k]) for k in ("weft_seconds", "mergekit_seconds"))
+        interval = "–".join(f"{v:g}" for v in row["times_faster_95"]) if row["times_faster_95"] else "one run"
+        lines.append(
+            f"| {method} | {ours:.1f} s | {theirs:.0f} s | {row['times_faster']:g}× | {interval} "
+            f"| {row['times_faster_without_start_up']:g}× | {row['weft_peak_MB']} MB | {row['mergekit_peak_MB']} MB "
+            f"| {row['share_of_floor']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def update_readme(result: dict[str, Any]) -> None:
+    """Put the table between its marks."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    readme.write_text(f"{before}{MARKS[0]}\n{table(result)}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Run and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -201,6 +231,7 @@ def main() -> None:
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    update_readme(result)
 
 
 if __name__ == "__main__":

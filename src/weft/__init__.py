@@ -18,6 +18,8 @@ _PUBLIC = {
     "adapt": ("weft.adapt", ""),
     "bake_": ("weft.function.attach", "bake_"),
     "functions": ("weft.function.attach", "functions"),
+    "edit": ("weft.edit", ""),
+    "measure": ("weft.measure", ""),
     "merge": ("weft.merge", ""),
     "normalize": ("weft.normalize", ""),
     "parametrize_": ("weft.function.attach", "parametrize_"),
@@ -30,6 +32,8 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from weft import adapt as adapt
+    from weft import edit as edit
+    from weft import measure as measure
     from weft import merge as merge
     from weft import normalize as normalize
     from weft.checkpoint.checkpoint import Checkpoint as Checkpoint

@@ -191,6 +191,8 @@ def _type_name(hint: Any) -> str:
 
 def _check(owner: str, row: Parameter, value: Any) -> Any:
     label = f"{owner}: parameter {row.key!r}"
+    if hasattr(value, "tolist"):  # numpy and torch numbers and arrays
+        value = value.tolist()
     if value is None and "None" in row.type:
         return None
     if row.type == "bool":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import pkgutil
 import sys
@@ -23,6 +24,7 @@ from weft.method import Method
 FAMILIES = ("merge", "edit", "adapt", "normalize")
 ENTRY_POINT = "weft.methods"
 INDEX = Path(__file__).with_name("methods.json")
+DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
 _plugins: dict[str, Method] = {}
 
 
@@ -112,9 +114,34 @@ def summary() -> list[dict[str, Any]]:
             "differs": getattr(row, "differs", ""),
             "base": getattr(row, "base", ""),
             "parameters": parameters,
+            **_how_to_run(row),
         }
-        rows.append({k: v for k, v in entry.items() if v not in ("", [])})
+        rows.append({k: v for k, v in entry.items() if v not in ("", []) or k == "parameters"})
     return rows
+
+
+def _how_to_run(row: Method) -> dict[str, str]:
+    """The Python call, and for merges the shell line, that run a method."""
+    fields = {p.key: p.field for p in row.parameters.values()}
+    changed = {fields.get(key, key): value for key, value in row.defaults.items()}
+    function = getattr(row, "function", None)
+    if function is None:
+        values = ", ".join(f"{k}={v!r}" for k, v in changed.items())
+        built = f"weft.{row.family}.{row.config.__name__}({values})"
+        return {"call": f"weft.parametrize_(model, {built})" if hasattr(row.config, "build") else built}
+    given = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in changed:
+            given.append(f"{name}={changed[name]!r}")
+        elif parameter.default is parameter.empty:
+            given.append(name)
+        elif name in fields.values():
+            given.append(f"{name}={parameter.default!r}")
+    call = f"weft.{row.family}.{function.__name__}({', '.join(given)})"
+    low, high = getattr(row, "models", (0, 0))
+    models = " ".join("ABCD"[: max(low, min(2, high or 2))])
+    base = " --base BASE" if getattr(row, "base", "") == "required" else ""
+    return {"call": call, "shell": f"weft merge {models}{base} --method {row.name} -o OUT"}
 
 
 def index() -> list[dict[str, Any]]:
@@ -129,8 +156,30 @@ def _index() -> list[dict[str, Any]]:
 
 
 def write_index() -> None:
-    """Rewrite the committed summary."""
+    """Rewrite the committed summary, and docs/methods.md in a checkout."""
     INDEX.write_text(json.dumps(summary(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _index.cache_clear()
+    if DOCS.parent.is_dir():
+        DOCS.write_text(methods_page(index()), encoding="utf-8")
+
+
+def methods_page(rows: list[dict[str, Any]]) -> str:
+    """All methods and their parameters, as markdown."""
+    lines = [
+        "# Methods",
+        "",
+        "Written by `make docs` from the registry. `weft methods NAME` shows one of them with all its parameters.",
+        "",
+        "| id | family | what it does | parameters | from |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda r: (r["family"], r["name"].removeprefix("mergekit/"), r["name"])):
+        parameters = ", ".join(f"`{p['key']}` {'required' if p['required'] else p.get('default')}" for p in row["parameters"])
+        said = row["summary"] + (f" Differs from weft's own row: {row['differs']}." if "differs" in row else "")
+        source = " · ".join(v for v in (row.get("paper", ""), row.get("origin", "")) if v)
+        cells = (f"`{row['name']}`", row["family"], said, parameters, source)
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -126,6 +126,20 @@ def test_a_merge_does_not_load_torch(tmp_path: Path) -> None:
 
 
 def test_the_method_index_is_fresh() -> None:
-    from weft.registry import index, summary
+    from weft.registry import DOCS, index, methods_page, summary
 
-    assert index() == summary(), "run `python -m weft.registry`"
+    assert index() == summary(), "run `make docs`"
+    assert DOCS.read_text() == methods_page(index()), "run `make docs`"
+
+
+def test_the_readme_shows_the_committed_measurements() -> None:
+    import importlib.util
+    import json
+
+    script = ROOT / "benchmarks" / "merge_vs_mergekit.py"
+    spec = importlib.util.spec_from_file_location("merge_vs_mergekit", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table(json.loads(module.RESULTS.read_text())) in (ROOT / "README.md").read_text()

@@ -44,16 +44,17 @@ def test_a_planned_card_says_so_everywhere() -> None:
 def test_a_card_with_a_method_says_how_to_run_it() -> None:
     entries = [{"name": "soup", "family": "merge", "paper": "model-soups", "goal": "combine", "summary": "s",
                 "base": "none", "checked_by": ["brute force"],
+                "shell": "weft merge A B --method soup -o OUT", "call": "weft.merge.soup(tensors, lambda_=1.0)",
                 "parameters": [{"field": "lambda_", "key": "lambda", "default": 1.0, "required": False},
                                {"field": "weights", "key": "weights", "required": True}]}]  # fmt: skip
     status = statuses(entries, [])["model-soups"]
     text = card_text(load()["model-soups"], status, entries, 100)
     assert "Run it here   weft merge A B --method soup -o OUT\n" in text
-    assert "weft.merge.soup([a, b], lambda_=1.0)" in text
+    assert "weft.merge.soup(tensors, lambda_=1.0)" in text
     assert "planned" not in text
     assert "Checked by    brute force" in text
     data = card_dict(load()["model-soups"], status, entries)
-    assert data["run"] == ["weft merge A B --method soup -o OUT", "weft.merge.soup([a, b], lambda_=1.0)"]
+    assert data["run"] == ["weft merge A B --method soup -o OUT", "weft.merge.soup(tensors, lambda_=1.0)"]
     assert data["status"]["grade"] == "lab"
 
 
@@ -62,7 +63,8 @@ def test_python_calls_on_cards_exist() -> None:
     for entry in index():
         for line in run_lines(entry):
             if line.startswith("weft."):
-                path, _, name = line.partition("(")[0].rpartition(".")
+                built = line.removeprefix("weft.parametrize_(model, ")
+                path, _, name = built.partition("(")[0].rpartition(".")
                 assert callable(getattr(importlib.import_module(path), name)), line
                 checked += 1
     assert checked >= 2

@@ -86,7 +86,7 @@ class LazyTensor:
         return self.bits()
 
     def torch(self) -> torch.Tensor:
-        """The values as a torch tensor of the stored dtype."""
+        """The values as a torch tensor of the stored dtype; types that torch lacks come as raw bytes."""
         import torch
 
         array = self.bits()
@@ -94,7 +94,12 @@ class LazyTensor:
             return torch.from_numpy(array)
         # view through the raw bytes: numpy has no bfloat16, and torch cannot view a 0-d tensor as another type
         flat = torch.from_numpy(array.reshape(-1)) if array.size else torch.empty(0, dtype=torch.uint8)
-        return flat.view(getattr(torch, self.dtype.torch)).reshape(self.shape if self.dtype.bits >= 8 else (-1,))
+        shape = self.shape
+        if self.dtype.bits < 8:  # torch counts pairs, a checkpoint counts elements
+            if not shape or shape[-1] % 2:
+                return flat
+            shape = (*shape[:-1], shape[-1] // 2)
+        return flat.view(getattr(torch, self.dtype.torch)).reshape(shape)
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.name!r}, {self.dtype.name}, {list(self.shape)}, {self.nbytes:,} bytes)"

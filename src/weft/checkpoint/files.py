@@ -7,6 +7,7 @@ reused buffer do not.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Protocol
 
@@ -29,14 +30,19 @@ class ByteSource(Protocol):
 class LocalFile:
     """A file on this machine, read with ``preadv``."""
 
+    _descriptor = -1
+    _close = staticmethod(os.close)  # reachable when the interpreter shuts down and has emptied its modules
+
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.name = self.path.name
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be opened ({error.strerror}).") from None
         status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{self.path}: is not a regular file, so it cannot hold weights.")
         self.size = status.st_size
         self.stamp = f"{status.st_size}:{status.st_mtime_ns}"
 
@@ -58,7 +64,7 @@ class LocalFile:
     def close(self) -> None:
         """See :class:`ByteSource`."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            self._close(self._descriptor)
             self._descriptor = -1
 
     def __del__(self) -> None:

@@ -19,7 +19,7 @@ from weft.checkpoint.dtypes import DTYPES, DType
 from weft.errors import CheckpointError, did_you_mean
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
-_MAX_ELEMENTS = 2**62  # products of dimensions beyond this would not fit the format's 64-bit offsets
+_MAX_ELEMENTS = 2**62  # sizes beyond this would not fit the format's 64-bit offsets
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def parse_header(text: bytes, file_size: int, where: str) -> Header:
         CheckpointError: anything that breaks the format, with the tensor's name and both values.
     """
     try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_pairs)
+        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_checked_pairs, parse_int=_unsigned)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = "nesting too deep" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(f"{where}: the header is not valid JSON ({reason}). The file is damaged.") from None
@@ -134,15 +134,22 @@ def build_header(
     return struct.pack("<Q", len(text)) + text, parse_header(text, 8 + len(text) + position, "new file")
 
 
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the name {key!r} stands twice")
-            seen.add(key)
+def _checked_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the name {key!r} stands twice")
+        for text in (key, value):
+            if isinstance(text, str):
+                text.encode("utf-8")  # JSON can spell half of a surrogate pair, which no file or terminal can hold
+        result[key] = value
     return result
+
+
+def _unsigned(literal: str) -> int:
+    if literal.startswith("-"):
+        raise ValueError(f"the number {literal[:20]} is negative")
+    return int(literal)
 
 
 def _is_count(value: object) -> bool:
@@ -161,10 +168,14 @@ def _parse_entry(name: str, entry: object, data_start: int, where: str) -> Tenso
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):
         raise CheckpointError(f"{where}: tensor {name!r} has the data_offsets {str(offsets)[:80]}; need [start, end].")
     dtype = DTYPES[dtype_name]
-    count = math.prod(shape)
-    if count > _MAX_ELEMENTS:
-        raise CheckpointError(f"{where}: tensor {name!r} claims {count} elements, more than any file can hold.")
-    nbytes = dtype.nbytes(count)
+    if math.prod(s for s in shape if s) * dtype.bits > 8 * _MAX_ELEMENTS:  # also of an empty tensor: no array has it
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has the shape {str(shape)[:80]}, larger than any array can be."
+        )
+    try:
+        nbytes = dtype.nbytes(math.prod(shape))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: tensor {name!r}: {error}") from None
     start, end = offsets
     if end - start != nbytes:
         raise CheckpointError(

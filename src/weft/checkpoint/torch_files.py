@@ -9,6 +9,7 @@ from typing import Any
 
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.files import LocalFile
+from weft.checkpoint.folder import read_json
 from weft.checkpoint.memory import from_mapping
 from weft.errors import CheckpointError, WeftError
 
@@ -22,8 +23,6 @@ def from_torch_files(paths: list[Path], name: str, *, folder: Path | None = None
     Raises:
         CheckpointError: the file is damaged, or holds anything but tensors and plain containers.
     """
-    from weft.checkpoint.open import read_json
-
     state: dict[str, Any] = {}
     stamps = []
     for path in paths:

@@ -180,7 +180,9 @@ def inspect_(
     spectrum: Annotated[
         bool, typer.Option("--spectrum", help="Spectral norm and stable rank of matrices (slower).")
     ] = False,
-    sort: Annotated[str, typer.Option("--sort", help="Column to sort by.")] = "",
+    sort: Annotated[
+        str, typer.Option("--sort", help="model (its own order), name, size, rms, outliers, zeros …")
+    ] = "model",
     limit: Limit = None,
     as_json: Json = False,
     plot: Plot = "",
@@ -191,32 +193,30 @@ def inspect_(
     from weft.engine.progress import default_progress
     from weft.view.commands import inspect_command
 
-    options = {"sort": sort} if sort else {}
     with _progress(default_progress(quiet)) as progress:
         text = inspect_command(
             model, tensors=tensors, spectrum=spectrum, limit=limit, json=as_json, plot=plot or None, threads=threads,
-            progress=progress, **options,
+            progress=progress, sort=sort,
         )  # fmt: skip
     print(text)
 
 
-@app.command(epilog="Example: weft diff tuned/ base/ --limit 20")
+@app.command(epilog="Example: weft diff base/ tuned/ --limit 20")
 def diff(
-    a: Annotated[str, typer.Argument(help="One model.")],
-    b: Annotated[str, typer.Argument(help="Another.")],
+    a: Annotated[str, typer.Argument(help="The model that changes are relative to.")],
+    b: Annotated[str, typer.Argument(help="The changed model.")],
     tensors: Annotated[str | None, typer.Option("--tensors", help="Glob of tensor names.")] = None,
-    sort: Annotated[str, typer.Option("--sort", help="Column to sort by.")] = "",
+    sort: Annotated[str, typer.Option("--sort", help="change, model (its own order), name …")] = "change",
     limit: Limit = None,
     as_json: Json = False,
     plot: Plot = "",
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show what changed between two models, by tensor and by layer."""
+    """Show what changed from one model to another, by tensor and by layer."""
     from weft.engine.progress import default_progress
     from weft.view.commands import diff_command
 
-    options = {"sort": sort} if sort else {}
     with _progress(default_progress(quiet)) as progress:
         text = diff_command(
             a,
@@ -227,7 +227,7 @@ def diff(
             plot=plot or None,
             threads=threads,
             progress=progress,
-            **options,
+            sort=sort,
         )
     print(text)
 
@@ -325,6 +325,20 @@ def doctor(as_json: Json = False) -> None:
     print(json.dumps(findings, indent=1) if as_json else text(findings))
     if not findings["ok"]:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: weft study ghost-batch-norm --seeds 5")
+def study(
+    key: Annotated[str, typer.Argument(help="A paper's key; without one, the studies there are.")] = "",
+    seeds: Annotated[int, typer.Option("--seeds", min=2, help="Repetitions.")] = 5,
+) -> None:
+    """Test a paper's claim on real data at a small scale (from a checkout of weft)."""
+    from weft.cli.study import run_study, studies
+
+    if not key:
+        print("\n".join(studies()))
+        return
+    print(json.dumps(run_study(key, seeds), indent=1))
 
 
 @app.command("test-method", epilog="Example: weft test-method my_merge --plugin my_merge.py")

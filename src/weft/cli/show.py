@@ -64,7 +64,8 @@ def method_text(row: dict[str, Any]) -> str:
         lines.append(f"  differs: {row['differs']}")
     if row.get("base"):
         lines.append(f"  base model: {row['base']}")
-    lines.append("  parameters:")
+    lines += [f"  run: {row[key]}" for key in ("shell", "call") if row.get(key)]
+    lines.append("  parameters:" if row["parameters"] else "  no parameters")
     for p in row["parameters"]:
         default = "required" if p.get("required") else f"default {p.get('default')}"
         bounds = ""

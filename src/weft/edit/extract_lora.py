@@ -14,73 +14,31 @@ equations.
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from weft.checkpoint.adapter import tied_embedding
+from weft.checkpoint.adapter import HEAD, tied_embedding
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.computed import as_float32
 from weft.checkpoint.dtypes import DType, dtype_of
 from weft.checkpoint.lora_folder import PREFIX
-from weft.checkpoint.open import natural_key, open_checkpoint
+from weft.checkpoint.open import open_checkpoint
+from weft.edit.adapter_report import AdapterReport
+from weft.edit.extract_plan import Changes, sort_changes
 from weft.edit.low_rank import low_rank
-from weft.engine.adapter_writer import AdapterWriter
+from weft.engine.adapter_writer import AdapterWriter, plain_config
 from weft.engine.progress import Progress
-from weft.errors import CheckpointError, RecipeError
+from weft.errors import CheckpointError, NonFiniteError, RecipeError
 from weft.kernels.convert import OUTPUT_DTYPES, from_float32
 
-_EMBEDDING = re.compile(r"(embed\w*|wte|wpe|\w+_embeddings?|shared)")
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # their weights are stored (in, out)
-_NO_TARGET = "dummy-target-modules"  # how PEFT spells an adapter that only saves modules
-HEAD = "lm_head"
-
-
-@dataclass
-class Extraction:
-    """What an extraction did.
-
-    Attributes:
-        output: the adapter's folder.
-        ranks: by module.
-        lost: by module, share of the change's squared norm that the factors do not hold.
-        kept: share of the squared norm of all factored changes that the adapter holds.
-        saved: tensors saved whole.
-        left_out: changed tensors that the adapter does not hold -> why.
-        unchanged: number of tensors equal to the base's.
-    """
-
-    output: Path
-    ranks: dict[str, int] = field(default_factory=dict)
-    lost: dict[str, float] = field(default_factory=dict)
-    kept: float = 1.0
-    saved: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    unchanged: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "output": str(self.output)}
-
-    def text(self) -> str:
-        """A few lines for a terminal."""
-        ranks = sorted(set(self.ranks.values()))
-        span = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else "none"
-        lines = [
-            f"{self.output}: {len(self.ranks)} matrices ({span}), {self.kept:.4%} of their squared change kept",
-            f"{len(self.saved)} tensors saved whole, {self.unchanged} unchanged",
-        ]
-        worst = sorted(self.lost, key=lambda m: -self.lost[m])[:3]
-        lines += [f"  {self.lost[m]:.2%} lost in {m} (rank {self.ranks[m]})" for m in worst if self.lost[m] > 1e-4]
-        lines += [f"  not in the adapter: {name} ({why})" for name, why in self.left_out.items()]
-        return "\n".join(lines)
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 
 
 def extract_lora(
@@ -100,7 +58,7 @@ def extract_lora(
     base_model: str = "",
     force: bool = False,
     progress: Progress | None = None,
-) -> Extraction:
+) -> AdapterReport:
     """Write the difference of two models as a LoRA folder that PEFT loads.
 
     Args:
@@ -136,31 +94,103 @@ def extract_lora(
     stored = dtype_of(dtype)
     if stored.name not in OUTPUT_DTYPES:
         raise RecipeError(f"Factors are written as float32, bfloat16 or float16, not {dtype}.")
-    with open_checkpoint(tuned) as new, open_checkpoint(base) as old, AdapterWriter(output, force=force) as writer:
-        job = _Job(new, old, writer, rank, alpha, min_energy, stored)
-        job.sort(include, exclude, embeddings, others)
-        report = job.factor_all(fan_in_fan_out, progress or Progress())
+    with _opened(tuned) as new, _opened(base) as old, AdapterWriter(output, force=force) as writer:
+        changes = sort_changes(new, old, include, exclude, embeddings, others)
+        if not (changes.matrices or changes.modules):
+            example = next((f", for example {n} is {why}" for n, why in changes.left_out.items()), "")
+            raise CheckpointError(
+                f"{new.name} and {old.name}: no tensor differs that the adapter could hold ({changes.unchanged} are equal"
+                f"{example}). Check that they are a fine-tune and its base, and what is included."
+            )
+        job = _Job(new, old, changes, writer, stored, alpha)
+        report = job.write(rank, min_energy, fan_in_fan_out, progress or Progress())
         config = job.configuration(base_model or str(old.config.get("_name_or_path") or old.name))
         writer.publish(config, {**report.to_dict(), "output": writer.output.name})
     return report
 
 
-class _Job:
-    """One extraction: what is factored, what is saved whole, and the adapter's configuration."""
+def _opened(model: Any) -> AbstractContextManager[Checkpoint]:
+    """A model to close afterwards, unless the caller opened it."""
+    return nullcontext(model) if isinstance(model, Checkpoint) else open_checkpoint(model)
 
-    def __init__(
-        self,
-        new: Checkpoint,
-        old: Checkpoint,
-        writer: AdapterWriter,
-        rank: int,
-        alpha: float | None,
-        min_energy: float | None,
-        dtype: DType,
-    ):
-        self.new, self.old, self.writer = new, old, writer
-        self.rank, self.alpha, self.min_energy, self.dtype = rank, alpha, min_energy, dtype
-        self.report = Extraction(writer.output)
-        self.matrices: dict[str, bool] = {}  # module -> whether it is an embedding
-        self.modules: list[str] = []  # saved whole
-        self.flipped = False
+
+@dataclass
+class _Job:
+    """One extraction: its tensors, and the adapter's configuration."""
+
+    new: Checkpoint
+    old: Checkpoint
+    changes: Changes
+    writer: AdapterWriter
+    dtype: DType
+    alpha: float | None
+    flipped: bool = False
+
+    def __post_init__(self) -> None:
+        self.report = AdapterReport(
+            self.writer.output, left_out=self.changes.left_out, unchanged=self.changes.unchanged
+        )
+
+    def write(
+        self, rank: int, min_energy: float | None, fan_in_fan_out: bool | None, progress: Progress
+    ) -> AdapterReport:
+        """Factor and save every tensor."""
+        matrices, modules = self.changes.matrices, self.changes.modules
+        progress.start("factoring", len(matrices), sum(self.new[f"{m}.weight"].nbytes for m in matrices))
+        tied = None if HEAD in self.new else tied_embedding(self.old)
+        lost = total = 0.0
+        for module, embedding in matrices.items():
+            delta = as_float32(self.new[f"{module}.weight"]) - as_float32(self.old[f"{module}.weight"])
+            energy = float(np.square(delta, dtype=np.float64).sum())
+            if not np.isfinite(energy):
+                raise NonFiniteError(f"{module}.weight: the difference holds NaN or infinity. A model is damaged.")
+            flipped = embedding or (self._conv1d(module) if fan_in_fan_out is None else fan_in_fan_out)
+            up, down, share = low_rank(delta.T if flipped else delta, rank, min_energy=min_energy)
+            self._write_factors(module, up, down, embedding)
+            self.report.lost[module] = share
+            self.flipped |= flipped and not embedding
+            lost, total = lost + share * energy, total + energy
+            if embedding and f"{module}.weight" == tied:
+                self._write_factors(HEAD.removesuffix(".weight"), down.T, up.T, False)
+            progress.advance(module, self.new[f"{module}.weight"].nbytes)
+        self.report.kept = 1 - lost / total if total else 1.0
+        for name in self.changes.biases:
+            self._write_whole(f"{name.removesuffix('bias')}base_layer.bias", self.new[name])
+        for module in modules:
+            for name in [n for n in self.new if n.rpartition(".")[0] == module]:
+                self._write_whole(name, self.new[name])
+                if name == tied:
+                    self._write_whole(HEAD, self.new[name])
+        if tied is not None and tied.removesuffix(".weight") in modules:
+            modules.append(HEAD.removesuffix(".weight"))
+        return self.report
+
+    def _conv1d(self, module: str) -> bool:
+        kind = self.old.config.get("model_type") or self.new.config.get("model_type")
+        return kind in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
+
+    def _write_factors(self, module: str, up: np.ndarray, down: np.ndarray, embedding: bool) -> None:
+        rank = up.shape[1]
+        scale = 1.0 if self.alpha is None else self.alpha / rank
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        for name, factor in zip(names, (down, up)):
+            values = np.ascontiguousarray(factor / np.sqrt(scale), np.float32)
+            self.writer.add(f"{PREFIX}{module}.{name}", from_float32(values, self.dtype), self.dtype)
+        self.report.ranks[module] = rank
+
+    def _write_whole(self, name: str, tensor: LazyTensor) -> None:
+        self.writer.add(PREFIX + name, tensor.bits(), tensor.dtype, tensor.shape)
+        self.report.saved.append(name.replace(".base_layer", ""))
+
+    def configuration(self, base_model: str) -> dict[str, Any]:
+        """``adapter_config.json``."""
+        architectures = [str(a) for a in self.new.config.get("architectures") or ()]
+        return plain_config(
+            self.report.ranks,
+            alpha=self.alpha,
+            modules_to_save=self.changes.modules,
+            biases=bool(self.changes.biases),
+            fan_in_fan_out=self.flipped,
+            base_model=base_model,
+            task_type=next((t for k, t in _TASKS.items() if architectures and architectures[0].endswith(k)), None),
+        )

@@ -54,7 +54,9 @@ def low_rank(
            [0., 0.]], dtype=float32), 0.36)
     """
     if rank < 1 or (min_energy is not None and not 0 < min_energy <= 1):
-        raise RecipeError(f"A rank of at least 1 and an energy above 0 and at most 1 are needed, got {rank}, {min_energy}.")
+        raise RecipeError(
+            f"A rank of at least 1 and an energy above 0 and at most 1 are needed, got {rank}, {min_energy}."
+        )
     matrix = delta if isinstance(delta, np.ndarray) else delta.detach().cpu().float().numpy()
     if matrix.ndim != 2:
         raise ShapeError(f"A matrix is needed, got the shape {list(matrix.shape)}.")

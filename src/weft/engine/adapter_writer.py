@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +19,8 @@ from weft.checkpoint.lora_folder import CONFIG_FILE, WEIGHTS_FILE
 from weft.engine.journal import WorkFolder
 from weft.engine.run import REPORT_FILE
 from weft.errors import OutputError
+
+_NO_TARGET = "dummy-target-modules"  # how PEFT spells an adapter that only saves modules
 
 
 class AdapterWriter:
@@ -101,3 +105,41 @@ class AdapterWriter:
             piece = self._spool.read(min(count, 1 << 22))
             out.write(piece)
             count -= len(piece)
+
+
+def plain_config(
+    ranks: Mapping[str, int],
+    *,
+    alpha: float | None = None,
+    modules_to_save: Sequence[str] = (),
+    biases: bool = False,
+    fan_in_fan_out: bool = False,
+    base_model: str = "",
+    task_type: str | None = None,
+) -> dict[str, Any]:
+    r"""``adapter_config.json`` of factors with these ranks; without ``alpha`` the scale is 1 everywhere.
+
+    >>> config = plain_config({"a.q": 4, "a.v": 4, "b.q": 2})
+    >>> config["r"], config["rank_pattern"], config["alpha_pattern"]
+    (4, {'^b\\.q': 2}, {'^b\\.q': 2})
+    """
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    odd = {"^" + re.escape(module): rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "r": usual,
+        "lora_alpha": usual if alpha is None else alpha,
+        "rank_pattern": odd,
+        "alpha_pattern": odd if alpha is None else {},
+        "target_modules": sorted(ranks) or _NO_TARGET,
+        "modules_to_save": list(modules_to_save) or None,
+        "bias": "lora_only" if biases else "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }

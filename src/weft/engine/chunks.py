@@ -284,7 +284,7 @@ class Scan:
             return total
 
         for other in self._map(one):
-            first += other  # type: ignore[operator]
+            first += other
         return first
 
     def _fold_exact(self, visit: Callable[[Chunk, T], None], zero: Callable[[], T]) -> T:
@@ -299,7 +299,7 @@ class Scan:
             pass
         result = zero()
         for total in totals.values():
-            result += total
+            result += total  # type: ignore[operator]
         return result
 
     def collect(self, visit: Callable[[Chunk], T]) -> dict[tuple[int, int], T]:

@@ -117,17 +117,24 @@ class Merge:
         if self.model_scope:
             self.state = self.stage.state(self.config, self.workspaces)
         else:
-            self.state = method.prepare(Scan([self.inputs], lambda: workspace, staged), self.config)
+            with _quiet():
+                self.state = method.prepare(Scan([self.inputs], lambda: workspace, staged), self.config)
         self._ready = True
 
     def compute(self, number: int, workspace: Workspace, staged: list[np.ndarray] | None = None) -> np.ndarray:
         """(n,) float32 of chunk ``number``, valid until the next call with this workspace."""
         chunk = self.inputs.chunk(number, workspace, staged)
         out = workspace.array("out", (chunk.size,))
-        self.stage.method.combine(chunk, self.config, self.state, out)
+        with _quiet():
+            self.stage.method.combine(chunk, self.config, self.state, out)
         if self.inputs.deltas and chunk.base is not None:
             add_in_place(out, chunk.base)
         return out
+
+
+def _quiet() -> np.errstate:
+    """Infinities that the user let through are no news; those that a merge makes are refused when it is written."""
+    return np.errstate(invalid="ignore", over="ignore", divide="ignore")
 
 
 class MergeSource:
@@ -211,8 +218,10 @@ def merge_tensors(
     opened_base = None if base is None else from_mapping(dict(base))
     stage, workspace = Stage(method), Workspace()
     result: dict[str, Any] = {}
-    merges = []
+    merges = {}
     for index, key in enumerate(names):
+        if not opened[0][key].dtype.floating:
+            continue  # counters and masks are the first model's
         inputs = Inputs(
             key,
             [o[key] for o in opened],
@@ -223,8 +232,12 @@ def merge_tensors(
             seed=seed,
             purpose=method.name,
         )
-        merges.append(Merge(stage, config, inputs, lambda: workspace))
-    for key, merge in zip(names, merges):
+        merges[key] = Merge(stage, config, inputs, lambda: workspace)
+    for key in names:
+        if key not in merges:
+            result[key] = models[0][key]
+            continue
+        merge = merges[key]
         merge.ready(workspace)
         parts = [merge.compute(number, workspace).copy() for number in range(len(merge.inputs.bounds))]
         flat = np.concatenate(parts) if parts else np.empty(0, np.float32)

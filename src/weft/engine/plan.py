@@ -16,7 +16,7 @@ MEGABYTE = 1_000_000
 # Resident memory of the process before any weights: interpreter, numpy, numba and compiled kernels (measured).
 BASELINE_BYTES = 175 * MEGABYTE
 COPY_BYTES = 4 << 20  # a raw copy moves this much at a time
-_SCRATCH_ROWS = 5  # buffers of one chunk beside the inputs: output, rounded output, magnitudes, random numbers, marks
+_SCRATCH_ROWS = 6  # buffers of one chunk beside the inputs and one for each model: output, random numbers, marks …
 # Bytes a second that one thread moves through a merge with the files in the page cache (measured, 2-core machine).
 _BYTES_PER_SECOND = {"copy": 1.2e9, "one pass": 0.9e9, "several passes": 0.45e9}
 
@@ -118,7 +118,7 @@ def scratch_bytes(output: OutputTensor) -> int:
     if not isinstance(output.source, Merge):
         return 3 * COPY_BYTES
     inputs = output.source.inputs
-    rows = len(inputs.tensors) + (inputs.base is not None) + _SCRATCH_ROWS
+    rows = 2 * len(inputs.tensors) + (inputs.base is not None) + _SCRATCH_ROWS
     return inputs.chunk_size * 4 * rows
 
 

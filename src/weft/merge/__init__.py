@@ -20,7 +20,7 @@ from weft.merge.ram import Ram, RamPlus, ram, ramplus
 from weft.merge.sce import Sce, sce
 from weft.merge.slerp import Slerp, slerp
 from weft.merge.soups import GreedySoup, UniformSoup, greedy_soup, select_greedily, uniform_soup
-from weft.merge.sparse_soups import SparseSoup, phase_sparsity, sparse_soup
+from weft.merge.sparse_soups import SparseSoup, enforce_masks, phase_sparsity, sparse_soup
 from weft.merge.task_arithmetic import TaskArithmetic, task_arithmetic
 from weft.merge.ties import Ties, ties
 from weft.merge.variance_corrected import VarianceCorrected, variance_corrected
@@ -54,6 +54,7 @@ __all__ = [
     "breadcrumbs",
     "dare",
     "della",
+    "enforce_masks",
     "greedy_soup",
     "interpolation_path",
     "karcher",

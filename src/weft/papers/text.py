@@ -70,21 +70,12 @@ def table(rows: Iterable[Sequence[str]], width: int, lines: int | None = None) -
 
 
 def run_lines(entry: Mapping[str, Any]) -> list[str]:
-    """How to run a method: the line for the shell, where the family has a command, and the call in Python.
+    """How to run a method: the line for the shell, where there is one, and the call in Python.
 
-    >>> run_lines({"name": "ties", "family": "merge", "base": "required", "parameters": []})
-    ['weft merge A B --base BASE --method ties -o OUT', 'weft.merge.ties([a, b])']
+    >>> run_lines({"shell": "weft merge A B --method linear -o OUT", "call": "weft.merge.linear(tensors)"})
+    ['weft merge A B --method linear -o OUT', 'weft.merge.linear(tensors)']
     """
-    name, family = entry["name"], entry["family"]
-    found = []
-    if family == "merge":
-        base = " --base BASE" if entry.get("base") == "required" else ""
-        found.append(f"weft merge A B{base} --method {name} -o OUT")
-    if "/" not in name:
-        values = [f"{p['field']}={p.get('default')!r}" for p in entry.get("parameters", ()) if not p.get("required")]
-        first = "[a, b]" if family == "merge" else "…"
-        found.append(f"weft.{family}.{name.replace('-', '_')}({', '.join([first, *values])})")
-    return found
+    return [entry[key] for key in ("shell", "call") if entry.get(key)]
 
 
 def run_here(card: Paper, entries: Iterable[Mapping[str, Any]]) -> list[str]:

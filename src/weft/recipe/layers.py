@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-_LAYER = re.compile(r"^(?P<prefix>.*?)\.?(?P<number>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?:(?P<prefix>.*?)\.)?(?P<number>\d+)\.(?P<rest>.+)$")
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -42,24 +42,35 @@ class LayerMap:
         return found[0] / (self.count - 1) if self.count > 1 else 1.0
 
 
+def find_stacks(names: Iterable[str]) -> dict[LayerMap, int]:
+    """All stacks of layers that are not inside another one, and how many tensors each has.
+
+    >>> find_stacks(["h.0.w", "h.1.w", "h.1.experts.0.w", "wte", "visual.0.w"])
+    {LayerMap(prefix='h', count=2): 3, LayerMap(prefix='visual', count=1): 1}
+    """
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        found = _LAYER.match(name)
+        if found:
+            numbers.setdefault(found["prefix"] or "", []).append(int(found["number"]))
+    counts = {prefix: len(set(found)) for prefix, found in numbers.items()}
+    return {LayerMap(p, counts[p]): len(n) for p, n in numbers.items() if max(n) == counts[p] - 1}
+
+
 def find_layers(names: Iterable[str], config: dict[str, Any] | None = None) -> LayerMap:
-    """The main stack: the numbered prefix whose count the config names, else the one with the most tensors.
+    """The main stack: the one whose count the config names, else the one with the most tensors.
 
     >>> find_layers(["h.0.w", "h.1.w", "h.1.experts.0.w", "wte"])
     LayerMap(prefix='h', count=2)
     """
-    numbers: dict[str, set[int]] = {}
-    tensors: dict[str, int] = {}
-    for name in names:
-        found = _LAYER.match(name)
-        if found:
-            prefix = found["prefix"]
-            numbers.setdefault(prefix, set()).add(int(found["number"]))
-            tensors[prefix] = tensors.get(prefix, 0) + 1
-    complete = {p: len(n) for p, n in numbers.items() if n == set(range(len(n)))}
-    if not complete:
+    stacks = find_stacks(names)
+    if not stacks:
         return LayerMap("\0", 0)  # matches no name
     text = (config or {}).get("text_config")
     sizes = [c.get(k) for c in (config or {}, text if isinstance(text, dict) else {}) for k in LAYER_COUNT_KEYS]
-    best = max(complete, key=lambda p: (complete[p] in sizes, tensors[p], p))
-    return LayerMap(best, complete[best])
+    return max(stacks, key=lambda s: (s.count in sizes, stacks[s], s.prefix))
+
+
+def depth_of(name: str, stacks: Iterable[LayerMap]) -> float:
+    """0 for the first layer of its stack, 1 for the last, 0 for tensors outside all of them."""
+    return next((s.depth(name) for s in stacks if s.split(name)), 0.0)

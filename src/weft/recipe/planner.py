@@ -5,39 +5,30 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from weft import __version__
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.dtypes import DTYPES, DType, dtype_of
-from weft.checkpoint.open import natural_key, open_checkpoint
+from weft.checkpoint.open import natural_key, read_json
 from weft.engine.chunks import Inputs
 from weft.engine.merging import Merge, MergeMethod, Stage, as_lazy
 from weft.engine.plan import LedgerRow, OutputTensor, Plan, split_into_shards
-from weft.errors import CheckpointError, MissingTensorError, RecipeError, ShapeError, did_you_mean
+from weft.errors import MissingTensorError, RecipeError, ShapeError, did_you_mean
 from weft.kernels.convert import OUTPUT_DTYPES
 from weft.method import Parameter
 from weft.recipe.card import model_card
-from weft.recipe.layers import LAYER_COUNT_KEYS, LayerMap, find_layers
-from weft.recipe.schema import Parameters, Recipe, Slice, Source, Step, evaluate, step_models
+from weft.recipe.chat import choose_template, with_template
+from weft.recipe.embeddings import Embeddings
+from weft.recipe.layers import LayerMap, depth_of, find_layers, find_stacks
+from weft.recipe.modules import module_of, resize_layers
+from weft.recipe.opened import Opened
+from weft.recipe.schema import Parameters, Recipe, Slice, Source, Step, Tokenizer, evaluate, step_models
+from weft.recipe.tokenizer_files import TokenizerFiles
 from weft.registry import method as find_method
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 OTHER_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -66,28 +57,8 @@ class StepResult:
     reference: Checkpoint
     checkpoint: Checkpoint
     label: str
-
-
-@dataclass
-class Opened:
-    """The models of a recipe, opened once each."""
-
-    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
-    given: Mapping[str, Any] = field(default_factory=dict)
-
-    def get(self, name: str) -> Checkpoint:
-        """The checkpoint called ``name`` in the recipe."""
-        if name not in self.checkpoints:
-            found = open_checkpoint(self.given.get(name, name))
-            if not found.tensors:
-                raise CheckpointError(f"{name}: holds no tensors.")
-            self.checkpoints[name] = found
-        return self.checkpoints[name]
-
-    def close(self) -> None:
-        """Close all."""
-        for checkpoint in self.checkpoints.values():
-            checkpoint.close()
+    tokenizer: TokenizerFiles
+    embeddings: Embeddings
 
 
 def plan_recipe(
@@ -105,12 +76,12 @@ def plan_recipe(
         RecipeError, CheckpointError: everything that can be known to be wrong from headers.
     """
     ledger: list[LedgerRow] = []
-    notes: list[str] = []
+    notes: list[str] = list(recipe.notes)
     results: dict[str, StepResult] = {}
     result = None
     for number, step in enumerate(recipe.steps, 1):
         for name, earlier in results.items():
-            opened.checkpoints.setdefault(f"@{name}", earlier.checkpoint)
+            opened.add(f"@{name}", earlier.checkpoint, earlier.tokenizer)
         last = number == len(recipe.steps)
         result = _plan_step(step, number, recipe, opened, ledger, notes)
         results[step.name or f"step {number}"] = result
@@ -133,15 +104,27 @@ def _plan_step(
     if method.differs:
         notes.append(f"{method.name}: {method.differs}.")
     stage = Stage(method)
-    builder = _StepBuilder(step, method, stage, recipe, opened, ledger, notes, label)
-    entries = builder.from_slices() if step.slices else builder.from_models()
+    last = number == len(recipe.steps)
+    tokenizer = (recipe.output.tokenizer if last else None) or step.tokenizer
+    template = (recipe.output.chat_template if last else None) or step.chat_template
+    builder = _StepBuilder(step, method, stage, recipe, opened, ledger, notes, label, tokenizer)
+    entries = builder.build()
     # a later step reads this one's tensors as float32, computed when read
     lazy = {n: _lazy(n, e) for n, e in entries.items()}
-    reference = builder.reference
+    reference, embeddings = builder.reference, builder.embeddings
+    files = embeddings.tokenizer
+    if template:
+        text = choose_template(template, map(opened.tokenizer, step_models(step)))
+        if text and not files.exists:
+            notes.append(f"{files.name} has no tokenizer, so the chat template is not written.")
+        elif text:
+            files = with_template(files, text)
+    config = embeddings.settle(builder.config, lazy)
+    notes += embeddings.notes
     checkpoint = Checkpoint(
-        name=f"@{label}", tensors=lazy, aliases={}, config=builder.config, folder=reference.folder, fingerprint=""
+        name=f"@{label}", tensors=lazy, aliases={}, config=config, folder=reference.folder, fingerprint=""
     )
-    return StepResult(entries, builder.config, reference, checkpoint, label)
+    return StepResult(entries, config, reference, checkpoint, label, files, embeddings)
 
 
 def _lazy(name: str, entry: Entry) -> LazyTensor:
@@ -164,57 +147,96 @@ class _StepBuilder:
         ledger: list[LedgerRow],
         notes: list[str],
         label: str,
+        tokenizer: Tokenizer | None,
     ):
         self.step, self.method, self.stage, self.recipe, self.opened = step, method, stage, recipe, opened
         self.ledger, self.notes, self.label = ledger, notes, label
         self.entries: dict[str, Entry] = {}
-        first = step.base or (
-            step.models[0].model if step.models else step.slices[0].base or step.slices[0].sources[0].model
-        )
-        self.reference = opened.get(first)
+        self.parts = step.parts
+        self.part_name, self.part = next(iter(self.parts.items()))
+        cut = self.part.slices[0] if self.part.slices else None
+        first = (cut.base or cut.sources[0].model) if cut else self.part.models[0].model
+        self.reference_name = step.like or step.base or first
+        self.reference = opened.get(self.reference_name)
         self.config = dict(self.reference.config)
         self.noted: set[str] = set()
         self.layers = find_layers(self.reference.tensors, self.reference.config)
         self.kinds = {self._kind(name) for name in self.reference.tensors}
+        self.embeddings = Embeddings(step, tokenizer, self.reference_name, opened)
+
+    def build(self) -> dict[str, Entry]:
+        """All entries of the step."""
+        begun = len(self.ledger)
+        for name, part in self.parts.items():
+            self.part_name, self.part = name, part
+            if part.slices:
+                self.from_slices()
+            else:
+                self.from_models()
+        if self.step.modules:
+            self._outside_modules()
+        covered = {(row.model, row.tensor) for row in self.ledger[begun:]}
+        for model in map(self.opened.get, step_models(self.step)):
+            for name in model.tensors:
+                if (model.name, name) not in covered:
+                    self.ledger.append(LedgerRow(model.name, name, "dropped: in no slice or module", ""))
+        return self.entries
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor belongs to the part at hand."""
+        return module_of(name, self.parts) == self.part_name
+
+    @property
+    def scopes(self) -> tuple[Parameters, ...]:
+        """Parameters of the part at hand and of the step."""
+        return (self.part.parameters, self.step.parameters)
 
     # one output tensor for each name that any model has
 
-    def from_models(self) -> dict[str, Entry]:
+    def from_models(self) -> None:
         """All models in full."""
-        step = self.step
-        self.method.check_models(len(step.models), step.base is not None)
-        models = [(s, self.opened.get(s.model)) for s in step.models]
+        step, listed = self.step, self.part.models
+        self.method.check_models(len(listed), step.base is not None)
+        models = [(s, self.opened.get(s.model)) for s in listed]
         base = self.opened.get(step.base) if step.base else None
+        stacks = find_stacks(self.reference.tensors)
         every = [*([base] if base else []), *(c for _, c in models)]
-        for name in _ordered_union(self.reference, every):
-            self._one(
-                name,
-                [(s, c, name) for s, c in models],
-                (base, name) if base else None,
-                (step.parameters,),
-                self.layers.depth(name),
-            )
-        return self.entries
+        for name in filter(self.owns, _ordered_union(every[0], every)):
+            where = [(s, c, name) for s, c in models]
+            self._one(name, where, (base, name) if base else None, self.scopes, depth_of(name, stacks))
 
-    def from_slices(self) -> dict[str, Entry]:
+    def from_slices(self) -> None:
         """Runs of layers, stacked in the order given."""
-        step = self.step
-        maps = {m: find_layers(self.opened.get(m).tensors, self.opened.get(m).config) for m in step_models(step)}
-        for model, found in maps.items():
-            if found.count == 0:
-                raise RecipeError(f"{model}: its tensor names show no numbered layers, so it cannot be sliced.")
-        out_map = maps[step.slices[0].sources[0].model]
-        self._outside_layers(step.slices[0], maps, after=False)
+        slices = self.part.slices
+        names = {s.model for cut in slices for s in cut.sources} | {b for b in map(self._slice_base, slices) if b}
+        maps = {m: self._layers_of(m) for m in sorted(names)}
+        for cut in slices:
+            self.method.check_models(len(cut.sources), self._slice_base(cut) is not None)
+        out_map = maps[slices[0].sources[0].model]
+        self._outside_layers(slices[0], maps, after=False)
         total, origin = 0, []
-        for part in step.slices:
-            length = part.sources[0].layers[1] - part.sources[0].layers[0]
+        for cut in slices:
+            length = cut.sources[0].layers[1] - cut.sources[0].layers[0]
             for offset in range(length):
-                self._layer(part, offset, offset / (length - 1) if length > 1 else 1.0, total, maps, out_map)
-                origin.append(part.sources[0].layers[0] + offset)
+                self._layer(cut, offset, offset / (length - 1) if length > 1 else 1.0, total, maps, out_map)
+                origin.append(cut.sources[0].layers[0] + offset)
                 total += 1
-        self._outside_layers(step.slices[-1], maps, after=True)
-        self._resize_config(out_map.count, total, origin)
-        return self.entries
+        self._outside_layers(slices[-1], maps, after=True)
+        self.config = resize_layers(self.config, out_map.count, origin, self.part_name)
+
+    def _layers_of(self, model: str) -> LayerMap:
+        checkpoint = self.opened.get(model)
+        found = find_layers(filter(self.owns, checkpoint.tensors), checkpoint.config)
+        if found.count == 0:
+            raise RecipeError(f"{model}: its tensor names show no numbered layers, so it cannot be sliced.")
+        return found
+
+    def _outside_modules(self) -> None:
+        """Tensors that no module claims are copied."""
+        for name, tensor in self.reference.tensors.items():
+            if module_of(name, self.step.modules) is None:
+                self._note(f"Tensors in none of the modules are copied from {self.reference.name}.", "module")
+                self._copy(name, tensor, [(Source(model=""), self.reference, name)], None, "copied: in no module")
 
     def _slice_base(self, part: Slice) -> str | None:
         return part.base or self.step.base
@@ -226,17 +248,12 @@ class _StepBuilder:
         every = [*([opened_base] if opened_base else []), *(c for _, c in sources)]
         every_map = [*([maps[base]] if base else []), *(maps[s.model] for s, _ in sources)]
         for name in _ordered_union(every[0], every):
-            if any(m.split(name) for m in every_map):
+            if any(m.split(name) for m in every_map) or not self.owns(name):
                 continue
             if any(key in name for key in _AFTER_LAYERS) == after:
                 where = [(s, c, name) for s, c in sources]
-                self._one(
-                    name,
-                    where,
-                    (opened_base, name) if opened_base else None,
-                    (part.parameters, self.step.parameters),
-                    0.0,
-                )
+                scopes = (part.parameters, *self.scopes)
+                self._one(name, where, (opened_base, name) if opened_base else None, scopes, 0.0)
 
     def _layer(
         self, part: Slice, offset: int, depth: float, number: int, maps: dict[str, LayerMap], out_map: LayerMap
@@ -252,8 +269,10 @@ class _StepBuilder:
                 )
         by_source = [rests(s.model, s.layers[0] + offset) for s in part.sources]
         base = self._slice_base(part)
-        base_layer = {s.model: s.layers[0] for s in part.sources}.get(base or "", part.sources[0].layers[0]) + offset
-        base_rests = rests(base, base_layer) if base else {}
+        base_layers = part.base_layers or part.sources[0].layers
+        if base and base_layers[1] > maps[base].count:
+            raise RecipeError(f"{base} has {maps[base].count} layers; the slice asks for {list(base_layers)}.")
+        base_rests = rests(base, base_layers[0] + offset) if base else {}
         order = dict.fromkeys([*base_rests, *(r for found in by_source for r in found)])
         for rest in order:
             where = [
@@ -261,29 +280,7 @@ class _StepBuilder:
                 for s, found in zip(part.sources, by_source)
             ]
             base_pair = (self.opened.get(base), base_rests.get(rest, "")) if base else None
-            self._one(out_map.name(number, rest), where, base_pair, (part.parameters, self.step.parameters), depth)
-
-    def _resize_config(self, old: int, new: int, origin: list[int]) -> None:
-        """Write the new number of layers, and cut lists that have one entry a layer to match."""
-
-        def resized(config: dict[str, Any]) -> dict[str, Any]:
-            result = {}
-            for key, value in config.items():
-                if key in LAYER_COUNT_KEYS and value == old:
-                    value = new
-                elif (
-                    isinstance(value, list)
-                    and len(value) == old
-                    and old > 0
-                    and key.endswith(("types", "layers", "pattern"))
-                ):
-                    value = [value[i] for i in origin]
-                elif isinstance(value, dict):
-                    value = resized(value)
-                result[key] = value
-            return result
-
-        self.config = resized(self.config)
+            self._one(out_map.name(number, rest), where, base_pair, (part.parameters, *self.scopes), depth)
 
     # one output tensor
 
@@ -297,6 +294,8 @@ class _StepBuilder:
     ) -> None:
         tensors = [_find(c, n) for _, c, n in where]
         base_tensor = _find(*base) if base else None
+        models = [(c, t) for (_, c, _), t in zip(where, tensors)]
+        tensors, base_tensor = self.embeddings.adjust(name, models, (base[0], base_tensor) if base else None)
         labels = [c.name for _, c, _ in where]
         first = next((t for t in [base_tensor, *tensors] if t is not None), None)
         if first is None:
@@ -403,7 +402,7 @@ class _StepBuilder:
         output: str | None = None,
     ) -> None:
         named = [(c, n) for _, c, n in where] + ([base] if base else [])
-        for checkpoint, tensor in named:
+        for checkpoint, tensor in {(c.name, n): (c, n) for c, n in named}.values():
             if tensor in checkpoint.tensors:
                 self.ledger.append(LedgerRow(checkpoint.name, tensor, rule, name if output is None else output))
 
@@ -453,7 +452,7 @@ class _StepBuilder:
     def _listed(
         self, row: Parameter, listed: Any, where: Sequence[tuple[Source, Checkpoint, str]]
     ) -> tuple[float, ...]:
-        named = [s.model for s in self.step.models] or [s.model for s, _, _ in where]
+        named = [s.model for s in self.part.models] or [s.model for s, _, _ in where]
         if isinstance(listed, int | float):
             return (listed,) * len(where)
         if not isinstance(listed, list) or len(listed) != len(named):
@@ -461,7 +460,7 @@ class _StepBuilder:
             raise RecipeError(
                 f"{self.label}: {row.key!r} has {count} values for {len(named)} models; give one for each, in their order."
             )
-        chosen = [i for i, s in enumerate(self.step.models) if any(s is w for w, _, _ in where)] or range(len(where))
+        chosen = [i for i, s in enumerate(self.part.models) if any(s is w for w, _, _ in where)] or range(len(where))
         return tuple(listed[i] for i in chosen)
 
 
@@ -493,11 +492,13 @@ def _check_parameter_names(step: Step, method: MergeMethod, label: str) -> None:
         p.per_model for p in method.parameters.values() if p.per_model
     }
     own = {p.per_model for p in method.parameters.values() if p.per_model}
-    for scope in [step.parameters, *(s.parameters for s in step.slices)]:
+    parts = list(step.parts.values())
+    cuts = [cut for part in parts for cut in part.slices]
+    for scope in [step.parameters, *(p.parameters for p in parts), *(cut.parameters for cut in cuts)]:
         for key in scope:
             if key not in shared:
                 raise RecipeError(f"{label}: {method.name} has no parameter {key!r}.{did_you_mean(key, shared)}")
-    for source in [*step.models, *(s for part in step.slices for s in part.sources)]:
+    for source in [*(s for part in parts for s in part.models), *(s for cut in cuts for s in cut.sources)]:
         for key in source.parameters:
             if key not in own:
                 reason = "is not given model by model; set it for the step" if key in shared else "does not exist"
@@ -532,14 +533,20 @@ def _finish(
     shards = (
         {single_file: list(sizes)} if single_file else split_into_shards(sizes, parse_size(recipe.output.shard_size))
     )
-    files, copies = {}, {}
+    files: dict[str, bytes] = {}
+    copies: dict[str, Path] = {}
     if not single_file:
         if config:
             files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         folder = result.reference.folder
         if folder is not None:
-            copies = {n: folder / n for n in (*TOKENIZER_FILES, *OTHER_FILES) if (folder / n).is_file()}
-        if not copies.keys() & set(TOKENIZER_FILES) and config:
+            copies = {n: folder / n for n in OTHER_FILES if (folder / n).is_file()}
+        if "generation_config.json" in copies and result.embeddings.moved:
+            generation = result.embeddings.settle_generation(read_json(copies.pop("generation_config.json")))
+            files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
+        copies |= result.tokenizer.copies
+        files |= result.tokenizer.written
+        if config and not result.tokenizer.exists:
             notes.append(f"{result.reference.name} has no tokenizer files, so the output has none.")
         files["README.md"] = model_card(recipe, written, list(real.values()), config).encode()
     identity = {
@@ -548,6 +555,8 @@ def _finish(
         "paths": [str(c.folder.resolve()) for c in real.values() if c.folder is not None],
         "version": __version__,
     }
+    if result.embeddings.fingerprint:
+        identity["tokens"] = result.embeddings.fingerprint
     report = {
         "weft": __version__,
         "recipe": written,

@@ -65,7 +65,7 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
 
     models: dict[str, type[BaseModel]] = {
         "steps": schema.Step, "models": schema.Source, "slices": schema.Slice, "sources": schema.LayerSource,
-        "output": schema.Output, "tokenizer": schema.Tokenizer, "tokens": schema.TokenSource,
+        "modules": schema.Module, "output": schema.Output, "tokenizer": schema.Tokenizer, "tokens": schema.TokenSource,
     }  # fmt: skip
     names = [p for p in location if isinstance(p, str) and p in models]
     return list(models[names[-1]].model_fields) if names else list(Recipe.model_fields)

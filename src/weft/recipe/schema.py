@@ -21,15 +21,27 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
+def _as_numbers(value: Any) -> Any:
+    """YAML reads 1e-5 as text, because YAML 1.1 wants 1.0e-5: take such texts for the numbers they are."""
+    if isinstance(value, str) and value[:1] in "+-.0123456789":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return [_as_numbers(v) for v in value] if isinstance(value, list) else value
+
+
 class Conditional(BaseModel):
     """A value for tensors whose name contains ``filter`` (all tensors without one)."""
 
     model_config = ConfigDict(extra="forbid")
     filter: str | None = None
-    value: bool | float | str | list[float] | list[str]
+    value: Annotated[bool | float | str | list[bool] | list[float] | list[str], BeforeValidator(_as_numbers)]
 
 
-Setting = bool | float | str | list[float] | list[str] | list[Conditional]
+Setting = Annotated[
+    bool | float | str | list[bool] | list[float] | list[str] | list[Conditional], BeforeValidator(_as_numbers)
+]
 Parameters = dict[str, Setting]
 
 
@@ -75,14 +87,65 @@ class Slice(BaseModel):
     model_config = ConfigDict(extra="forbid")
     sources: list[LayerSource] = Field(min_length=1)
     base: str | None = None
+    base_layers: Annotated[tuple[int, int], BeforeValidator(_as_range)] | None = Field(
+        None, description="the base's layers; default: those of the first source"
+    )
     parameters: Parameters = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _equal(self) -> Slice:
-        lengths = {s.layers[1] - s.layers[0] for s in self.sources}
+        runs = [s.layers for s in self.sources] + ([self.base_layers] if self.base_layers else [])
+        lengths = {last - first for first, last in runs}
         if len(lengths) > 1:
             raise ValueError(f"the sources of a slice must have equally many layers, got {sorted(lengths)}")
         return self
+
+
+class Module(BaseModel):
+    """One part of a model with several parts, merged in its own way."""
+
+    model_config = ConfigDict(extra="forbid")
+    models: list[SourceLike] = Field(default_factory=list)
+    slices: list[Slice] = Field(default_factory=list, description="layer stacking; instead of models")
+    parameters: Parameters = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Module:
+        if bool(self.models) == bool(self.slices):
+            raise ValueError("give either models or slices")
+        return self
+
+
+class TokenSource(BaseModel):
+    """Where one token's embedding row comes from.
+
+    ``source`` is a model, ``{kind: model_token, model: …, token: …}`` (or ``token_id``), or ``{kind: zero}``. Models
+    that have the token keep their own row unless ``force`` is set.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    source: str | dict[str, Any] | None = None
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _known_form(self) -> TokenSource:
+        if isinstance(self.source, dict):
+            form = (self.source.get("kind"), *sorted(set(self.source) - {"kind"}))
+            if form not in (("zero",), ("model_token", "model", "token"), ("model_token", "model", "token_id")):
+                raise ValueError(
+                    "give a model, {kind: model_token, model: …, token: …} (or token_id: …), or {kind: zero}; "
+                    f"got {self.source}"
+                )
+        return self
+
+
+class Tokenizer(BaseModel):
+    """Which tokenizer a result gets, and what that means for the embedding rows."""
+
+    model_config = ConfigDict(extra="forbid")
+    source: str = Field("base", description="base, union, or a model")
+    tokens: dict[str, TokenSource] = Field(default_factory=dict)
+    pad_to_multiple_of: int | None = Field(None, ge=1)
 
 
 class Step(BaseModel):
@@ -93,40 +156,43 @@ class Step(BaseModel):
     method: str = Field(description="a method's id; `weft methods` lists them")
     models: list[SourceLike] = Field(default_factory=list)
     slices: list[Slice] = Field(default_factory=list, description="layer stacking; instead of models")
+    modules: dict[str, Module] = Field(
+        default_factory=dict,
+        description="parts merged each in its own way (text_decoder, vision_tower, a prefix of names); instead of models",
+    )
     base: str | None = Field(None, description="the common start of the models")
+    like: str | None = Field(
+        None, description="whose config and companion files the result gets; default: the base, else the first model"
+    )
     parameters: Parameters = Field(default_factory=dict)
     missing: Literal["error", "skip", "copy"] = Field(
         "error",
         description="a tensor that some models lack: stop, merge those that have it, or copy the first model's",
     )
-    mismatch: Literal["error", "copy"] = Field(
-        "error", description="a tensor whose shape differs between models: stop, or copy the first model's"
+    mismatch: Literal["error", "copy", "crop"] = Field(
+        "error",
+        description="a tensor whose shape differs between models: stop, copy the first model's, "
+        "or cut embeddings to the rows that all models have (to the base's, for methods with one)",
+    )
+    score: str = Field(
+        "",
+        description="for greedy_soup: a shell command that prints a score last; {} stands for the candidate's folder",
     )
     include: list[str] = Field(default_factory=list, description="globs of tensors to merge; the others are copied")
     exclude: list[str] = Field(default_factory=list, description="globs of tensors to copy instead of merging")
+    tokenizer: Tokenizer | None = Field(None, description="of this step's result; for the last step see output")
+    chat_template: str | None = Field(None, description="of this step's result; for the last step see output")
 
     @model_validator(mode="after")
     def _one_form(self) -> Step:
-        if bool(self.models) == bool(self.slices):
-            raise ValueError("give either models or slices")
+        if sum(map(bool, (self.models, self.slices, self.modules))) != 1:
+            raise ValueError("give one of models, slices and modules")
         return self
 
-
-class TokenSource(BaseModel):
-    """Where one token's embedding row comes from."""
-
-    model_config = ConfigDict(extra="forbid")
-    source: str | dict[str, Any]
-    force: bool = False
-
-
-class Tokenizer(BaseModel):
-    """Which tokenizer the output gets, and what that means for the embedding rows."""
-
-    model_config = ConfigDict(extra="forbid")
-    source: str = Field("base", description="base, union, or a model")
-    tokens: dict[str, TokenSource] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(None, ge=1)
+    @property
+    def parts(self) -> dict[str, Module]:
+        """The step as modules: itself under an empty name if it is not divided."""
+        return self.modules or {"": Module.model_construct(models=self.models, slices=self.slices, parameters={})}
 
 
 class Output(BaseModel):
@@ -147,13 +213,14 @@ class Recipe(BaseModel):
     output: Output = Output()
     seed: int = Field(0, description="of all random numbers")
     allow_non_finite: bool = Field(False, description="let NaN and infinity through")
+    notes: list[str] = Field(default_factory=list, description="remarks, shown before the run and kept in its report")
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
         known: set[str] = set()
         for number, step in enumerate(self.steps, 1):
-            for model in step_models(step):
-                if model.startswith("@") and model[1:] not in known:
+            for model in _references(step):
+                if model.startswith("@") and model[1:].partition("+")[0] not in known:
                     shown = ", ".join(f"@{k}" for k in sorted(known)) or "none so far"
                     raise ValueError(f"step {number} names {model}, but the steps before it are called: {shown}")
             if step.name:
@@ -163,10 +230,18 @@ class Recipe(BaseModel):
         return self
 
 
+def _references(step: Step) -> list[str]:
+    """Everything in a step that may name an earlier one."""
+    tokenizer = [step.tokenizer.source] if step.tokenizer else []
+    return [*step_models(step), *([step.like] if step.like else []), *tokenizer]
+
+
 def step_models(step: Step) -> list[str]:
-    """All models that a step names, each once, in order; the base last."""
-    named = [s.model for s in step.models] + [s.model for part in step.slices for s in part.sources]
-    named += [part.base for part in step.slices if part.base] + ([step.base] if step.base else [])
+    """All models that a step merges, each once, in order; the bases last."""
+    parts = step.parts.values()
+    slices = [s for part in parts for s in part.slices]
+    named = [s.model for part in parts for s in part.models] + [s.model for cut in slices for s in cut.sources]
+    named += [cut.base for cut in slices if cut.base] + ([step.base] if step.base else [])
     return list(dict.fromkeys(named))
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from weft.engine.run import Options, execute
@@ -49,7 +50,7 @@ def choose_members(
             notes.append("greedy_soup: members are chosen by score when the recipe runs; this plan shows all of them.")
             steps.append(step)
             continue
-        scorer = score or (lambda folder, command=step.score: run_scorer(command, folder))
+        scorer = score or partial(run_scorer, step.score)
         before = recipe.model_copy(update={"steps": [*steps, step]})
         chosen = _select(before, number, opened, output, options, scorer)
         kept = [s for s in step.models if s.model in chosen.members]

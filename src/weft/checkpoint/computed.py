@@ -1,0 +1,207 @@
+"""Tensors that are computed when they are read: a base weight with a low-rank update, or with rows replaced.
+
+Values are computed in blocks of whole rows that begin at fixed rows, so a value does not depend on where a read
+starts or ends. Each thread keeps the last block: reading a tensor from front to back computes every block once.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from weft.checkpoint.checkpoint import LazyTensor
+from weft.checkpoint.dtypes import DTYPES
+from weft.checkpoint.header import TensorInfo
+from weft.errors import CheckpointError
+from weft.kernels.convert import to_float32
+
+BLOCK = 1 << 17  # elements computed at a time: half a megabyte of float32 stays in the second-level cache
+
+
+class Scratch(threading.local):
+    """What one thread keeps between reads, shared by all computed tensors of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.owner: object = None
+        self.number = -1
+        self.values = np.empty(0, np.float32)
+        self.factors_of: object = None
+        self.factors = Factors(self.values, self.values)
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, nbytes: int) -> np.ndarray:
+        """``nbytes`` uninitialised bytes; the memory behind ``name`` is used again."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = self._buffers[name] = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes]
+
+
+class RowBlocks:
+    """A float32 tensor as a source of bytes: ``base``, changed by :meth:`_change` in blocks of whole rows."""
+
+    def __init__(self, base: LazyTensor, scratch: Scratch):
+        self.base = base
+        self.name = base.name
+        self.rows = base.shape[0] if base.shape else 1
+        self.columns = base.size // max(self.rows, 1)
+        self.size = base.size * 4
+        self._block_rows = max(1, BLOCK // max(self.columns, 1))
+        self._scratch = scratch
+
+    def _prepare(self) -> None:
+        """What is needed before the first block."""
+
+    def _change(self, values: np.ndarray, first: int) -> None:
+        """Turn ``values``, (rows, columns) of the base from row ``first`` on, into those of this tensor."""
+        raise NotImplementedError
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """See :class:`weft.checkpoint.files.ByteSource`."""
+        target = np.frombuffer(buffer, np.uint8)
+        if offset + target.size > self.size:
+            raise CheckpointError(
+                f"{self.name}: read beyond its end ({offset + target.size:,} of {self.size:,} bytes)."
+            )
+        step = max(self._block_rows * self.columns * 4, 1)
+        done = 0
+        while done < target.size:
+            number, within = divmod(offset + done, step)
+            block = self._block(number).reshape(-1).view(np.uint8)
+            count = min(target.size - done, block.size - within)
+            target[done : done + count] = block[within : within + count]
+            done += count
+
+    def _block(self, number: int) -> np.ndarray:
+        scratch = self._scratch
+        if scratch.owner is not self or scratch.number != number:
+            scratch.owner = None  # until the block is whole
+            first = number * self._block_rows
+            self._prepare()
+            scratch.values = self._base_rows(first)
+            self._change(scratch.values, first)
+            scratch.owner, scratch.number = self, number
+        return scratch.values
+
+    def _base_rows(self, first: int) -> np.ndarray:
+        """(rows, columns) float32 of the base from row ``first`` on, in this thread's buffer."""
+        rows = min(self._block_rows, self.rows - first)
+        values = self._scratch.array("values", rows * self.columns * 4).view(np.float32).reshape(rows, self.columns)
+        width = self.base.dtype.bits // 8
+        if self.base.dtype is DTYPES["F32"]:
+            raw = values.reshape(-1).view(np.uint8)
+        else:
+            raw = self._scratch.array("raw", values.size * width)
+        self.base.read_into(raw.data, first * self.columns * width)
+        if self.base.dtype is not DTYPES["F32"]:
+            to_float32(raw.view(self.base.dtype.numpy), self.base.dtype, values.reshape(-1))
+        return values
+
+    def close(self) -> None:
+        """See :class:`weft.checkpoint.files.ByteSource`."""
+        self.base.source.close()
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank change of a weight: ``left`` (rows, rank) times ``right`` (rank, columns), scale included.
+
+    ``magnitude`` is DoRA's learned length of each output, which is a row of the stored weight, or a column.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    magnitude: np.ndarray | None = None
+    by_column: bool = False
+
+
+class LowRankUpdate(RowBlocks):
+    """W₀ + left · right; with a magnitude m, the same scaled so that each output has the length m."""
+
+    def __init__(
+        self, base: LazyTensor, load: Callable[[], Factors], scratch: Scratch, sources: Sequence[LazyTensor] = ()
+    ):
+        super().__init__(base, scratch)
+        self._load = load
+        self._sources = sources
+        self._column_scale: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def _prepare(self) -> None:
+        scratch = self._scratch
+        if scratch.factors_of is not self:
+            scratch.factors_of, scratch.factors = self, self._load()
+        if not scratch.factors.by_column:
+            return
+        with self._lock:  # lengths of columns need one pass over the whole tensor
+            if self._column_scale is None:
+                squares = np.zeros(self.columns)
+                for first in range(0, self.rows, self._block_rows):
+                    values = self._base_rows(first)
+                    self._add(values, first)
+                    squares += np.square(values, dtype=np.float64).sum(axis=0)
+                self._column_scale = _ratio(scratch.factors.magnitude, np.sqrt(squares))
+
+    def _change(self, values: np.ndarray, first: int) -> None:
+        self._add(values, first)
+        magnitude = self._scratch.factors.magnitude
+        if self._column_scale is not None:
+            values *= self._column_scale
+        elif magnitude is not None:
+            lengths = np.sqrt(np.square(values, dtype=np.float64).sum(axis=1))
+            values *= _ratio(magnitude[first : first + len(values)], lengths)[:, None]
+
+    def _add(self, values: np.ndarray, first: int) -> None:
+        factors = self._scratch.factors
+        change = self._scratch.array("change", values.nbytes).view(np.float32).reshape(values.shape)
+        np.matmul(factors.left[first : first + len(values)], factors.right, out=change)
+        values += change
+
+    def close(self) -> None:
+        """See :class:`weft.checkpoint.files.ByteSource`."""
+        super().close()
+        for tensor in self._sources:
+            tensor.source.close()
+
+
+class ReplacedRows(RowBlocks):
+    """A base with some of its rows replaced."""
+
+    def __init__(self, base: LazyTensor, indices: Sequence[int], rows: LazyTensor, scratch: Scratch):
+        super().__init__(base, scratch)
+        self._indices = np.asarray(indices, np.int64)
+        self._rows = rows
+
+    def _change(self, values: np.ndarray, first: int) -> None:
+        inside = (self._indices >= first) & (self._indices < first + len(values))
+        if inside.any():
+            values[self._indices[inside] - first] = as_float32(self._rows)[inside]
+
+    def close(self) -> None:
+        """See :class:`weft.checkpoint.files.ByteSource`."""
+        super().close()
+        self._rows.source.close()
+
+
+def computed(source: RowBlocks, name: str | None = None) -> LazyTensor:
+    """The lazy tensor of a computed source: float32 when read, of the base's type when written."""
+    base = source.base
+    info = TensorInfo(name or base.name, DTYPES["F32"], base.shape, 0, math.prod(base.shape) * 4)
+    return LazyTensor(info, source, base.natural_dtype)
+
+
+def as_float32(tensor: LazyTensor) -> np.ndarray:
+    """All values of a small tensor as float32."""
+    return to_float32(tensor.bits(), tensor.dtype)
+
+
+def _ratio(wanted: np.ndarray | None, lengths: np.ndarray) -> np.ndarray:
+    """wanted/lengths as float32; 0 where the length is 0, which the product then stays at."""
+    assert wanted is not None
+    result = np.zeros(lengths.shape)
+    np.divide(wanted, lengths, out=result, where=lengths > 0)
+    return result.astype(np.float32)

@@ -1,0 +1,47 @@
+"""What a layer's registry row says: norms and wrappers that a model is built from, where no weight is computed.
+
+A configuration's ``build(features)`` makes the module; the row says what the module keeps between batches, and how
+training differs from evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from weft.method import Method
+
+
+class LayerConfig(Protocol):
+    """A configuration that knows how to build its layer."""
+
+    def build(self, features: int) -> nn.Module:
+        """The layer for inputs with so many features."""
+
+
+@dataclass(frozen=True)
+class LayerMethod(Method):
+    """A registry row of a layer that keeps the shape of its input.
+
+    Attributes:
+        layer: its class.
+        axis: where the features lie: -1 in (…, features), 1 in (batch, features, …).
+        space: how many axes follow (batch, features) where ``axis`` is 1.
+        keeps_statistics: whether buffers change in training.
+        training: how training differs from evaluation, in a sentence; empty if it does not.
+        approximate: why the gradient in training is not the exact one; empty if it is.
+    """
+
+    layer: type[nn.Module] = nn.Module
+    axis: int = -1
+    space: int = 0
+    keeps_statistics: bool = False
+    training: str = ""
+    approximate: str = ""
+
+    def build(self, config: Any, features: int) -> nn.Module:
+        """The layer that a configuration describes."""
+        made: nn.Module = config.build(features)
+        return made
