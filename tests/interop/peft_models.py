@@ -21,14 +21,14 @@ def llama(**changes: Any) -> Any:
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "initializer_range": 0.2,
     }  # fmt: skip
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes)).eval()
 
 
 def gpt2(**changes: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 37, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    sizes = {"vocab_size": 37, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "initializer_range": 0.2}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | changes)).eval()
 
 
@@ -48,11 +48,11 @@ class Small(torch.nn.Module):
         return self.fc(x)
 
 
-def train(model: Any, folder: Path, **settings: Any) -> Any:
+def train(model: Any, folder: Path, *, seed: int = 1, **settings: Any) -> Any:
     """A PEFT model whose trainable parameters are random, saved in ``folder``."""
     config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5} | settings)
     adapted = peft.get_peft_model(model, config).eval()
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:

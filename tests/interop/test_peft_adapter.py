@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def test_tied_models_compute_what_the_adapted_model_computes(case: str, explicit
 def test_two_adapters_one_on_the_other(tmp_path: Path) -> None:
     base = saved(llama(), tmp_path / "base")
     for number in (1, 2):
-        train(llama(), tmp_path / f"a+{number}", target_modules=ATTENTION, lora_alpha=number)
+        train(llama(), tmp_path / f"a+{number}", target_modules=ATTENTION, lora_alpha=number, seed=number)
     model = llama()
     for number in (1, 2):
         model = peft.PeftModel.from_pretrained(model, tmp_path / f"a+{number}").merge_and_unload()
@@ -180,12 +179,6 @@ def test_bin_files(tmp_path: Path) -> None:
     ours = weft.checkpoint.adapter.with_adapter(weft.open(llama().state_dict()), weft.open(tmp_path))
     for name in expected:
         assert np.array_equal(ours[name].numpy(), expected[name].numpy()), name
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    train(llama(), tmp_path, target_modules=["q_proj"])
-    yield tmp_path, json.loads((tmp_path / "adapter_config.json").read_text())
 
 
 @pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
