@@ -91,7 +91,7 @@ def add(rows: Any, where: str = "plugin") -> list[Method]:
     if not rows or not all(isinstance(r, Method) for r in rows):
         raise RecipeError(f"{where}: a plugin defines METHODS, a sequence of weft.method.Method rows; found none.")
     for row in rows:
-        if row.name in _built_in():
+        if any(row.name == known["name"] for known in index()):
             raise RecipeError(f"{where}: the name {row.name!r} belongs to a method of weft; choose another.")
         _plugins[row.name] = row
     return rows

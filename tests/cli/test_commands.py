@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 import weft
 from weft.cli.app import app
 from weft.cli.show import _TEMPLATES
+from weft.errors import WeftError
 from weft.recipe.read import read_recipe
 
 
@@ -178,3 +179,32 @@ def test_plugins(tmp_path: Path, models: list[Path], weft_command: Callable[...,
             with weft.open(model) as opened:
                 stack.append(opened["lm_head.weight"].numpy())
         np.testing.assert_array_equal(made["lm_head.weight"].numpy(), np.median(stack, axis=0))
+
+
+def test_adapters_merge_into_an_adapter(models: list[Path], tmp_path: Path) -> None:
+    for i in (1, 2):
+        run("extract", models[i], "--base", models[0], "--lora-rank", "8", "-o", tmp_path / f"a{i}")
+    both = [tmp_path / "a1", tmp_path / "a2"]
+    run("merge", *both, "--weights", "1,3", "-o", tmp_path / "mean")
+    run(
+        "merge",
+        *both,
+        "--method",
+        "task_arithmetic",
+        "--weights",
+        "1,-0.5",
+        "--base",
+        models[0],
+        "-o",
+        tmp_path / "sum",
+    )
+    name = "model.layers.1.mlp.down_proj.weight"
+    with weft.open(models[0]) as base, weft.open(models[1]) as a, weft.open(models[2]) as b:
+        start, da, db = base[name].numpy(), a[name].numpy() - base[name].numpy(), b[name].numpy() - base[name].numpy()
+    for folder, expected in (("mean", start + 0.25 * da + 0.75 * db), ("sum", start + da - 0.5 * db)):
+        with weft.open(f"{models[0]}+{tmp_path / folder}") as made:
+            np.testing.assert_allclose(made[name].numpy(), expected, atol=2e-5)
+    with pytest.raises(WeftError, match="base\\+adapter"):
+        run("merge", *both, "--method", "ties", "-o", tmp_path / "x")
+    with pytest.raises(WeftError, match="is an adapter"):
+        run("merge", models[0], both[0], "-o", tmp_path / "x")

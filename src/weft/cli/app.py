@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -115,6 +116,9 @@ def merge(
         str, typer.Option("--missing", help="A tensor that some models lack: error, skip or copy.")
     ] = "error",
     mismatch: Annotated[str, typer.Option("--mismatch", help="A tensor whose shape differs: error or copy.")] = "error",
+    lora_rank: Annotated[
+        int | None, typer.Option("--lora-rank", min=1, help="For merging adapters: the largest rank.")
+    ] = None,
     score: Annotated[
         str, typer.Option("--score", help="Shell command that prints a score last; {} is the candidate.")
     ] = "",
@@ -132,6 +136,9 @@ def merge(
     values, names = _method_options(models, method)
     if weights:
         values["weights"] = [float(w) for w in _numbers(weights)]
+    if names and all((Path(n) / "adapter_config.json").is_file() for n in names):
+        _merge_adapters(names, output, method, values, base, lora_rank, dtype, dry_run, force, as_json)
+        return
     recipe: dict[str, Any] = {
         "steps": [
             {
@@ -424,6 +431,40 @@ def _execute(
         "notes": result.notes,
     }
     print(json.dumps(facts) if as_json else result_text(facts))
+
+
+def _merge_adapters(
+    names: list[str],
+    output: str,
+    method: str,
+    values: dict[str, Any],
+    base: str,
+    rank: int | None,
+    dtype: str,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Adapters in, one adapter out: their changes are summed exactly, then factored."""
+    if method not in ("linear", "task_arithmetic"):
+        raise RecipeError(
+            f"Adapters by themselves are merged with --method linear or task_arithmetic, not {method}. For other "
+            "methods name each with its base: base+adapter."
+        )
+    if dry_run:
+        raise RecipeError("Merging adapters takes a moment and has no dry run; leave --dry-run out.")
+    from weft.edit.merge_adapters import merge_adapters
+    from weft.method import per_model
+
+    weights = per_model(values.pop("weights", 1.0), len(names))
+    if values.pop("normalize", method == "linear"):
+        weights = tuple(w / sum(weights) for w in weights)
+    if values:
+        raise RecipeError(f"Merging adapters has no option --{next(iter(values))}.")
+    report = merge_adapters(
+        names, output, weights=weights, rank=rank, base=base or None, dtype=dtype or "float32", force=force
+    )
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class Embeddings:
 
     def _align(self, spec: Tokenizer, reference: str, opened: Opened) -> Alignment:
         start = reference if spec.source in ("base", "union") else spec.source
-        fallback = opened.tokenizer(start)
+        fallback = self.tokenizer if start == reference else opened.tokenizer(start)
         if not fallback.exists:
             raise RecipeError(
                 f"{start}: the result's tokenizer is built on this model's, which has none. Name another source, or "
@@ -97,8 +97,8 @@ class Embeddings:
             )
         names, found = {}, {}
         for model in dict.fromkeys([reference, *step_models(self._step)]):
-            checkpoint, files = opened.get(model), opened.tokenizer(model)
-            names[model] = checkpoint.name
+            checkpoint, names[model] = opened.get(model), opened.get(model).name
+            files = {reference: self.tokenizer, start: fallback}.get(model) or opened.tokenizer(model)
             if not files.exists:
                 self._notes[model] = f"{checkpoint.name} has no tokenizer; it is taken to have that of {fallback.name}."
                 files = fallback

@@ -11,43 +11,14 @@ results of stages are not rounded in between.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from weft.engine.merging import MergeMethod
 from weft.errors import RecipeError, did_you_mean
+from weft.recipe.mergekit_methods import KNOWN_PARAMETERS, PARAMETERS, find_row
 from weft.recipe.read import validate
 from weft.recipe.schema import Recipe
-from weft.registry import methods
 
-# mergekit's parameters that have an effect, with its defaults; None: mergekit demands a value
-_TASKS: dict[str, Any] = {"weight": None, "normalize": False, "lambda": 1.0}
-_SPARSE = {**_TASKS, "density": 1.0, "rescale": False}
-_DARE = {**_SPARSE, "rescale": True}
-_BREADCRUMBS = {**_SPARSE, "gamma": 0.01}
-_DELLA = {**_DARE, "epsilon": 0.15}
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "linear": {"weight": None, "normalize": True},
-    "slerp": {"t": None},
-    "nuslerp": {"weight": None, "nuslerp_row_wise": False, "nuslerp_flatten": True},
-    "multislerp": {"weight": None, "normalize_weights": True, "eps": 1e-8},
-    "karcher": {"max_iter": 10, "tol": 1e-5},
-    "task_arithmetic": _TASKS,
-    "ties": {**_SPARSE, "normalize": True},
-    "dare_linear": _DARE,
-    "dare_ties": _DARE,
-    "breadcrumbs": _BREADCRUMBS,
-    "breadcrumbs_ties": _BREADCRUMBS,
-    "della": {**_DELLA, "normalize": True},
-    "della_linear": _DELLA,
-    "sce": {"select_topk": 1.0},
-    "ram": {"epsilon": 1e-5},
-    "ramplus_tl": {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2},
-    "model_stock": {"filter_wise": False},
-    "nearswap": {"t": None},
-    "arcee_fusion": {},
-    "passthrough": {"scale": 1.0},
-}
-_KNOWN_PARAMETERS = {"int8_mask", "embed_slerp"} | {key for row in PARAMETERS.values() for key in row}
 _FIELDS = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", "chat_template", "name",
@@ -84,15 +55,6 @@ def translate(documents: Sequence[Mapping[str, Any]]) -> Recipe:
         notes.append(f"Not needed for the result, so not made: {', '.join(unused)}.")
     data = {"steps": steps, "output": {**output, **({"dtype": dtype} if dtype else {})}}
     return validate({**data, "notes": list(dict.fromkeys(notes))})
-
-
-def find_row(name: str) -> MergeMethod:
-    """The registry row that a ``merge_method`` means: mergekit's own variant if there is one."""
-    known = {n: m for n, m in methods().items() if isinstance(m, MergeMethod)}
-    row = known.get(f"mergekit/{name}") or known.get(name)
-    if row is None:
-        raise RecipeError(f"There is no merge_method {name!r}.{did_you_mean(str(name), [*PARAMETERS, *known])}")
-    return row
 
 
 class _Document:
@@ -197,7 +159,8 @@ class _Document:
             data = {"model": data}
         _check_fields(data, fields, "a model", self.notes, ignored)
         model = self.reference(data.get("model"))
-        result = {"model": model, "parameters": self._parameters(data.get("parameters"), model, one_model=True)}
+        shown = Path(model).name if Path(model).is_absolute() else model
+        result = {"model": model, "parameters": self._parameters(data.get("parameters"), shown, one_model=True)}
         if "layer_range" in fields:
             result["layers"] = data.get("layer_range")
         return result
@@ -225,9 +188,9 @@ class _Document:
         return result
 
     def _not_used(self, key: str, taken: Iterable[str]) -> None:
-        if key not in _KNOWN_PARAMETERS:
+        if key not in KNOWN_PARAMETERS:
             raise RecipeError(f"{self.method} has no parameter {key!r}.{did_you_mean(str(key), taken)}")
-        self.notes.append(f"{self.method} makes no use of {key}; it is ignored.")
+        self.notes.append(f"{self.method}: the parameter {key} has no effect and is ignored.")
 
     def _tokenizer(self) -> dict[str, Any]:
         source, given = self.data.get("tokenizer_source"), self.data.get("tokenizer")
@@ -315,7 +278,7 @@ def _check_fields(data: Any, known: Sequence[str], where: str, notes: list[str],
             continue
         if key in ignored:
             notes.append(f"{where}: {key} has no effect and is ignored.")
-        elif key in _KNOWN_PARAMETERS and "parameters" in known:
+        elif key in KNOWN_PARAMETERS and "parameters" in known:
             raise RecipeError(
                 f"{where}: {key!r} stands outside of parameters, where mergekit ignores it. Move it there."
             )

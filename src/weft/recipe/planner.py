@@ -101,6 +101,14 @@ def _plan_step(
         raise RecipeError(f"step {number}: {method.name} does not run on checkpoints from a recipe.")
     label = step.name or method.name
     _check_parameter_names(step, method, label)
+    if step.exclude != ["*"]:  # copying an adapter's own tensors is fine, averaging its factors is not
+        for model in step_models(step):
+            if opened.get(model).config.get("peft_type"):
+                raise RecipeError(
+                    f"{model} is an adapter, not a model: averaging factors is not averaging their products. Name it "
+                    "with its base (base+adapter), or merge adapters among themselves: "
+                    "weft merge adapter1/ adapter2/ --method linear -o adapter/."
+                )
     if method.differs:
         notes.append(f"{method.name}: {method.differs}.")
     stage = Stage(method)
@@ -586,12 +594,14 @@ def _ledger_summary(ledger: list[LedgerRow]) -> dict[str, dict[str, list[str]]]:
 
 
 def _rename(value: Any, names: Mapping[str, str]) -> Any:
-    """A copy in which paths of models are replaced by the models' names."""
+    """A copy in which models are called by their names, and no path shows where anything lies on this machine."""
     if isinstance(value, Mapping):
         return {k: _rename(v, names) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_rename(v, names) for v in value]
-    return names.get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, str) or value in names:
+        return names.get(value, value)
+    return "+".join(Path(part).name if Path(part).is_absolute() else part for part in value.split("+"))
 
 
 def parse_size(size: str | int) -> int:

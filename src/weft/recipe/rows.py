@@ -21,8 +21,8 @@ _INPUT_NAMES = (
     "shared.weight", "token_embedding.weight", "embeddings.weight", "embedding.weight",
 )  # fmt: skip
 _OUTPUT_NAMES = (
-    "lm_head.weight", "lm_head.bias", "embed_out.weight", "output.weight", "head.weight", "decoder.weight",
-    "decoder.bias", "predictions.bias", "vocab_projector.weight", "vocab_projector.bias",
+    "lm_head.weight", "lm_head.bias", "embed_out.weight", "output.weight", "output_layer.weight", "head.weight",
+    "decoder.weight", "decoder.bias", "predictions.bias", "vocab_projector.weight", "vocab_projector.bias",
 )  # fmt: skip
 
 

@@ -133,22 +133,22 @@ class Alignment:
         used = np.zeros(self.rows, bool)
         used[np.fromiter(self.ids.values(), np.int64, len(self.ids))] = True
         fill: dict[int, list[tuple[int, int]]] = {}
-        tally = dict.fromkeys(("from the base", "from the only model that has them", "averaged", "zero"), 0)
+        tally = dict.fromkeys(("the base's rows", "their only owner's rows", "mean rows", "zeros"), 0)
         for number in np.flatnonzero(lacking.any(axis=0)).tolist():
             if number in self._fixed:
                 fill[number] = self._chosen(number, models, index, name)
                 continue
             owners = np.flatnonzero(index[:, number] >= 0).tolist()
-            kind = "averaged" if owners else "zero"
+            kind = "mean rows" if owners else "zeros"
             if len(owners) == 1:
-                kind = "from the only model that has them"
+                kind = "their only owner's rows"
             if base in models and models.index(base) in owners:
-                owners, kind = [models.index(base)], "from the base"
+                owners, kind = [models.index(base)], "the base's rows"
             fill[number] = [(m, int(index[m, number])) for m in owners]
             tally[kind] += bool(used[number])
         if any(tally.values()):
-            shown = ", ".join(f"{n} {kind}" for kind, n in tally.items() if n)
-            self.notes.append(f"{name}: {sum(tally.values())} tokens that some models lack get their rows {shown}.")
+            shown = ", ".join(f"{kind} ({n:,})" for kind, n in tally.items() if n)
+            self.notes.append(f"{name}: {sum(tally.values()):,} tokens are not in all models, which get {shown}.")
         return {m: _pack(index[i], i, lacking[i], fill, self._tokens) for i, m in enumerate(models)}
 
     def _chosen(self, number: int, models: list[str], index: np.ndarray, name: str) -> list[tuple[int, int]]:
