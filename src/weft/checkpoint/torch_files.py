@@ -49,12 +49,7 @@ def _load(path: Path) -> Any:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            warnings.warn(
-                f"{path.name} is in torch's old format, which cannot be mapped: it is read whole into memory. "
-                "Convert it once with `weft convert`.",
-                stacklevel=4,
-            )
-            return torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except WeftError:
         raise
     except Exception as error:  # torch.load raises half a dozen types on damaged input, all mean the same to a user
@@ -72,18 +67,24 @@ def _load(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: cannot be read as a torch file ({first}). It is damaged or truncated."
         ) from None
+    warnings.warn(
+        f"{path.name} is in torch's old format, which cannot be mapped: it is read whole into memory. "
+        "Convert it once with `weft convert`.",
+        stacklevel=4,
+    )
+    return loaded
 
 
 def _tensors(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {type(value).__name__}.")
-    found = {str(k): v for k, v in value.items() if hasattr(v, "untyped_storage")}
-    if found:
-        return found
     for key in _NESTED_UNDER:
         inner = value.get(key)
         if isinstance(inner, Mapping) and any(hasattr(v, "untyped_storage") for v in inner.values()):
-            return _tensors(inner, path)
+            return _tensors(inner, path)  # tensors beside it are counters of the training run
+    found = {str(k): v for k, v in value.items() if hasattr(v, "untyped_storage")}
+    if found:
+        return found
     keys = ", ".join(map(repr, list(value)[:5]))
     raise CheckpointError(
         f"{path}: holds no tensors at the top level or under {', '.join(_NESTED_UNDER)} (keys: {keys})."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ _METHOD_OPTIONS = {"ignore_unknown_options": True}
 
 def main() -> None:
     """Entry point: errors that weft raises on purpose are printed, not traced."""
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     try:
         app(standalone_mode=False)
     except WeftError as error:

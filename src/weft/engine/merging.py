@@ -220,7 +220,7 @@ def merge_tensors(
     result: dict[str, Any] = {}
     merges = {}
     for index, key in enumerate(names):
-        if not opened[0][key].dtype.floating:
+        if isinstance(tensors[0], Mapping) and not opened[0][key].dtype.floating:
             continue  # counters and masks are the first model's
         inputs = Inputs(
             key,
