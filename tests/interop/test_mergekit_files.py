@@ -19,7 +19,7 @@ pytest.importorskip("mergekit")
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipe"))
 from tiny_llamas import write_llama, write_tokenizer
 
-from weft.recipe.tokenizer_files import TokenizerFiles
+from weft.recipe.tokenizer_files import TokenizerFiles, added_token
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -438,3 +438,17 @@ def test_modules(encoders: dict[str, Path], by_mergekit: Callable[..., Path], tm
     weft.run(file, tmp_path / "ours")
     by_mergekit(yaml.safe_load(text), tmp_path / "theirs")
     assert_same(tmp_path / "ours", tmp_path / "theirs", "num_layers", "num_decoder_layers")
+
+
+def test_older_tokenizer_files_are_converted(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ab", "##c"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    files = TokenizerFiles("m", tmp_path)
+    assert files.ids == {w: i for i, w in enumerate(words)}
+    changed = files.changed(files.ids, [added_token("neu", len(words))])
+    for name, content in changed.written.items():
+        (tmp_path / name).write_bytes(content)
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path)("abc neu")["input_ids"] == [2, 5, 6, 7, 3]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from textwrap import dedent
 from typing import Any
 
 import pytest
 import yaml
 
-from weft.engine.merging import MergeMethod
 from weft.errors import RecipeError
-from weft.recipe.mergekit import PARAMETERS, find_row, translate
+from weft.recipe.mergekit import translate
+from weft.recipe.mergekit_methods import PARAMETERS, find_row
 from weft.recipe.schema import Recipe, Step, evaluate
-from weft.registry import methods
 
 
 def read(text: str) -> Recipe:
@@ -339,11 +340,11 @@ def test_what_is_wrong_is_named(text: str, words: tuple[str, ...]) -> None:
     ("text", "words"),
     [
         ("{models: [{model: a, layer_range: [0, 2]}], merge_method: passthrough}", "layer_range"),
-        ("{models: [a, b], merge_method: linear, parameters: {weight: 1, density: 0.5}}", "no use of density"),
+        ("{models: [a, b], merge_method: linear, parameters: {weight: 1, density: 0.5}}", "density has no effect"),
         ("{models: [a], merge_method: ties, base_model: b, parameters: {weight: 1, rescale: false}}", ""),
         ("{models: [{model: a, parameters: {weight: 1, normalize: true}}], merge_method: linear}", "normalize counts"),
         ("{models: [a, b], merge_method: linear}", "no weight is given"),
-        ("{models: [a, b], merge_method: karcher, parameters: {weight: 3}}", "no use of weight"),
+        ("{models: [a, b], merge_method: karcher, parameters: {weight: 3}}", "weight has no effect"),
         ("{models: [a], merge_method: linear, parameters: {weight: 1}, write_readme: x}", "write_readme"),
     ],
 )
@@ -387,8 +388,17 @@ def test_mergekits_methods_and_parameters_are_those_of_the_table() -> None:
 
 
 def test_methods_that_mergekit_lacks_can_be_used_too() -> None:
-    extra = [n for n, m in methods().items() if isinstance(m, MergeMethod) and n.split("/")[-1] not in PARAMETERS]
-    assert "pcb" in extra
+    assert "pcb" not in PARAMETERS
     step = only("{models: [a, b], merge_method: pcb, base_model: c, parameters: {density: 0.1}}")
     assert step.method == "pcb"
     assert step.parameters == {"density": 0.1}
+
+
+def test_a_file_is_read_without_torch() -> None:
+    code = (
+        "import sys; from weft.recipe.mergekit import translate\n"
+        "translate([{'merge_method': 'ties', 'models': ['a'], 'base_model': 'b'}])\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

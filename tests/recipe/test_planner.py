@@ -18,7 +18,8 @@ import weft
 from weft.engine.merging import Merge
 from weft.engine.plan import Plan
 from weft.errors import MissingTensorError, RecipeError, ShapeError
-from weft.recipe.planner import Opened
+from weft.recipe.layers import LayerMap, find_layers, find_stacks
+from weft.recipe.opened import Opened
 from weft.recipe.run import make_plan
 
 State = dict[str, np.ndarray]
@@ -305,6 +306,12 @@ def test_depth_of_every_stack() -> None:
     }
 
 
+def test_numbers_that_are_no_stack_of_layers() -> None:
+    assert find_stacks(["classifier.1.w", "classifier.3.w", "layer1.0.w", "layer1.1.w"]) == {LayerMap("layer1", 2): 2}
+    assert find_layers(["conv1.weight", "bn1.weight"]).count == 0
+    assert find_layers(["0.weight", "1.weight"]) == LayerMap("", 2)
+
+
 def test_lists_with_one_value_a_model() -> None:
     models = {m: state(i, x=(2,)) for i, m in enumerate("ab")}
     plan = planned(linear("a", "b", parameters={"weights": [0.2, 0.8]}), models)
@@ -379,6 +386,14 @@ def test_the_ledger_covers_every_input_tensor_once(tmp_path: Path) -> None:
     assert {o.name for o in plan.outputs} == {row.output for row in plan.ledger}
 
 
+def test_checkpoints_that_are_given_keep_their_names(tmp_path: Path) -> None:
+    folders = [write_llama(tmp_path / x / "m", seed=i, layers=1) for i, x in enumerate("ab")]
+    with weft.open(folders[0]) as first, weft.open(folders[1]) as second:
+        plan = planned(linear("x", "y"), {"x": first, "y": second})
+        assert {row.model for row in plan.ledger} == {"m", "m (2)"}
+        assert (first.name, second.name) == ("m", "m")
+
+
 def test_the_base_among_the_models_is_counted_once() -> None:
     models = {m: state(i, x=(2,)) for i, m in enumerate("ab")}
     step = {"method": "task_arithmetic", "models": ["a", "b"], "base": "a"}
@@ -387,6 +402,18 @@ def test_the_base_among_the_models_is_counted_once() -> None:
 
 
 # files
+
+
+def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
+    a, b, c = (write_llama(tmp_path / "secret place" / m, seed=i, layers=1) for i, m in enumerate("abc"))
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(a), "parameters": {"weight": 1, "normalize": True}}, {"model": {"model": str(b)}}],
+        "tokenizer_source": {"model": {"path": str(c)}},
+    }
+    weft.run(recipe, tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        assert b"secret place" not in file.read_bytes(), file.name
 
 
 def test_config_and_files_come_from_the_model_named(tmp_path: Path) -> None:

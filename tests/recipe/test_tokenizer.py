@@ -18,7 +18,7 @@ import weft
 from weft.checkpoint.memory import from_mapping
 from weft.errors import CheckpointError, MissingDependencyError, RecipeError
 from weft.recipe.chat import TEMPLATES, choose_template
-from weft.recipe.planner import Opened
+from weft.recipe.opened import Opened
 from weft.recipe.rows import Entries, embedding_rows, first_rows, gather, vocabulary_size, with_vocabulary_size
 from weft.recipe.run import make_plan
 from weft.recipe.tokenizer_files import TokenizerFiles
@@ -179,6 +179,8 @@ def test_rows_of_every_model(seed: int, source: str, base: str | None, tmp_path:
         everyone = {t for f in folders for t in ids_of(f)}
         assert set(vocabulary) == (everyone if source == "union" else set(own))
         assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
+        special = {t["content"] for t in TokenizerFiles("", output).added if t["special"]}
+        assert special == {"<s>", "</s>"} | ({"<a>", "<b>", "<c>"} if source == "union" else {f"<{start}>"})
         assert rows == max(len(vocabulary), len(load_file(tmp_path / start / "model.safetensors")[EMBEDDING]))
         for tensor in (EMBEDDING, HEAD):
             expected = brute_force(inputs(folders, tensor), vocabulary, rows, base, {})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class Opened:
             taken = {c.name for c in self.checkpoints.values()}
             if found.name in taken:
                 numbered = (f"{found.name} ({i})" for i in range(2, len(taken) + 2))
-                found = replace(found, name=next(n for n in numbered if n not in taken))
+                found = copy(found)  # the caller's own keeps its name
+                found.name = next(n for n in numbered if n not in taken)
             self.checkpoints[name] = found
         return self.checkpoints[name]
 
@@ -53,9 +55,10 @@ class Opened:
         return TokenizerFiles(checkpoint.name, checkpoint.folder)
 
     def close(self) -> None:
-        """Close all."""
-        for checkpoint in self.checkpoints.values():
-            checkpoint.close()
+        """Close all that were opened here; a checkpoint that the caller passed in stays open."""
+        for name, checkpoint in self.checkpoints.items():
+            if not isinstance(self.given.get(name), Checkpoint):
+                checkpoint.close()
 
     def _open(self, name: str) -> Checkpoint:
         if name.startswith("@") and "+" in name:

@@ -10,8 +10,10 @@ from typing import Any
 
 from weft.engine.plan import Plan, default_memory
 from weft.engine.run import Options, Result, execute
-from weft.recipe.planner import Opened, parse_size, plan_recipe
+from weft.recipe.opened import Opened
+from weft.recipe.planner import plan_recipe
 from weft.recipe.read import read_recipe
+from weft.recipe.size import parse_size
 from weft.recipe.soup import choose_members
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from weft.engine.run import Options, execute
 from weft.errors import RecipeError
 from weft.merge.soups import Selection, select_greedily
-from weft.recipe.planner import Opened, plan_recipe
+from weft.recipe.opened import Opened
+from weft.recipe.planner import plan_recipe
 from weft.recipe.schema import Recipe, Step
 
 _TAIL = 400  # characters of a failed command's output that are shown
