@@ -121,6 +121,12 @@ def test_ties(peer: Peer, shape: tuple[int, ...], density: float, normalize: boo
     compare(methods()["mergekit/ties"], theirs, tensors, base, **values)
 
 
+def test_ties_rescaled(peer: Peer) -> None:
+    base, tensors = inputs((64, 33))
+    theirs = peer("ties", tensors, base, weight=WEIGHTS, density=0.3, rescale=True)
+    compare(methods()["mergekit/ties"], theirs, tensors, base, weights=WEIGHTS, density=0.3, rescale=True)
+
+
 def test_ties_with_a_density_for_each_model(peer: Peer) -> None:
     base, tensors = inputs((64, 48))
     theirs = peer("ties", tensors, base, weight=WEIGHTS, density=[0.2, 0.5, 0.9])
@@ -202,4 +208,4 @@ def test_a_recipe_s_unsaid_parameters_mean_the_same(peer: Peer, name: str) -> No
         assert theirs[key].required or ours[key].default == theirs[key].default, key
     # int8_mask saves memory in mergekit; task arithmetic drops nothing, so that density and rescale do nothing there
     unused = {"int8_mask", "density", "rescale"} if name == "task_arithmetic" else {"int8_mask"}
-    assert theirs.keys() - ours.keys() <= unused | ({"rescale"} if name == "ties" else set())
+    assert theirs.keys() - ours.keys() <= unused

@@ -47,7 +47,6 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
     "bias of the adapter": {"target_modules": ATTENTION[:2], "lora_bias": True},
     "replaced rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 0, 36]},
     "replaced rows by name": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 7]}},
-    "from pissa, converted": {"target_modules": ["q_proj"], "init_lora_weights": True},
 }
 
 

@@ -320,7 +320,6 @@ def test_tokenizers() -> None:
         ),
         ("{models: [a], merge_method: linear, tokenizer: union}", ("tokenizer must be a mapping",)),
         ("{models: [a], merge_method: linear, tokenizer: {source: a}, tokenizer_source: a}", ("not both",)),
-        ("{models: [a], merge_method: ties, base_model: b, parameters: {rescale: true}}", ("rescale",)),
         (
             "{models: [a], merge_method: linear, tokenizer: {tokens: {x: {source: {kind: token}}}}}",
             ("kind: model_token",),
@@ -363,7 +362,7 @@ def test_every_method_of_mergekit_runs_with_its_defaults(name: str) -> None:
     step = translate([document]).steps[0]
     parameters = row.parameters
     for key, default in PARAMETERS[name].items():
-        if default is None or (name, key) in (("ties", "rescale"),):
+        if default is None:
             continue
         own = next(p for p in parameters.values() if key in (p.key, p.per_model))
         assert step.parameters.get(key, own.default) == default

@@ -26,7 +26,7 @@ from weft.engine.chunks import Chunk, Scan
 from weft.engine.merging import MergeMethod, merge_tensors
 from weft.engine.select import Threshold, keep, kept, largest
 from weft.kernels.jit import kernel
-from weft.merge.dare import norm_ratios
+from weft.merge.norms import norm_ratios
 from weft.merge.task_arithmetic import combine_deltas
 from weft.method import configure, parameter, per_model
 

@@ -18,7 +18,7 @@ code: without a licence).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,10 @@ import numpy as np
 
 from weft.engine.chunks import Chunk, Scan
 from weft.engine.merging import MergeMethod, merge_tensors
-from weft.kernels.jit import kernel, reduction
+from weft.kernels.jit import kernel
+from weft.merge.norms import norm_ratios
 from weft.merge.task_arithmetic import combine_deltas
 from weft.method import configure, parameter, per_model
-
-_SMALLEST_NORM = 1e-7  # mergekit's: changes that are smaller as a whole are not rescaled
 
 
 @dataclass(frozen=True)
@@ -98,22 +97,6 @@ def dare(
     return merge_tensors(row, deltas, configure(Dare, values, "dare"), are_deltas=True, seed=seed, name=name)
 
 
-def norm_ratios(scan: Scan, drop: Callable[[Chunk, int], None]) -> list[float]:
-    """By how much ``drop(chunk, model)``, which works in place, shrinks the L1 norm of each model: before / after.
-
-    1 where one of the norms is next to zero.
-    """
-
-    def visit(chunk: Chunk, norms: np.ndarray) -> None:
-        for model, delta in enumerate(chunk.tensors):
-            norms[model, 0] += l1_norm(delta)
-            drop(chunk, model)
-            norms[model, 1] += l1_norm(delta)
-
-    norms = scan.fold(visit, lambda: np.zeros((scan.models, 2)))
-    return [float(before / after) if min(before, after) >= _SMALLEST_NORM else 1.0 for before, after in norms]
-
-
 def _prepare(scan: Scan, config: Dare) -> list[float]:
     densities = per_model(config.density, scan.models, "density")
     if not config.rescale or min(densities) >= 1:
@@ -141,14 +124,6 @@ def keep_randomly(values, uniform, density, scale):  # (n,) in place
     zero = np.float32(0)
     for i in range(values.size):
         values[i] = values[i] * scale if uniform[i] < density else zero
-
-
-@reduction
-def l1_norm(values):  # (n,) -> float64
-    total = 0.0
-    for i in range(values.size):
-        total += abs(values[i])
-    return total
 
 
 def _row(name: str, summary: str, defaults: dict[str, Any], differs: str = "") -> MergeMethod:

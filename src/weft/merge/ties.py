@@ -26,6 +26,7 @@ from weft.engine.chunks import Chunk, Scan
 from weft.engine.merging import MergeMethod, merge_tensors
 from weft.engine.select import Threshold, keep, largest
 from weft.kernels.jit import kernel
+from weft.merge.norms import norm_ratios
 from weft.method import configure, parameter, per_model
 
 _BLOCK = 1024  # elements whose running sums stay in the first-level cache
@@ -40,6 +41,7 @@ class Ties:
         0.2, "share of each model's changes that is kept", minimum=0, maximum=1, per_model="density"
     )
     normalize: bool = parameter(True, "divide by the weights of the models that agree")
+    rescale: bool = parameter(False, "enlarge what is kept to the L1 norm before trimming")
     lambda_: float = parameter(1.0, "scale of the merged change", key="lambda")
     scope: str = parameter("model", "where the share is counted", choices=("model", "tensor"))
 
@@ -50,6 +52,7 @@ def ties(
     weights: float | Sequence[float] = 1.0,
     density: float | Sequence[float] = 0.2,
     normalize: bool = True,
+    rescale: bool = False,
     lambda_: float = 1.0,
     scope: str = "model",
 ) -> Any:
@@ -60,6 +63,7 @@ def ties(
         weights: one number for each model, or one for all.
         density: share of the elements kept, of each state dict as a whole or of each tensor (``scope``).
         normalize: divide by the weights of the models that agree with the elected sign.
+        rescale: enlarge what is kept of each model until its L1 norm is what it was before trimming.
         lambda_: scale of the result.
         scope: "model" as in the paper, "tensor" as in mergekit.
 
@@ -76,21 +80,46 @@ def ties(
     >>> weft.merge.ties([a, b], density=0.5)
     array([ 3., -2., -3.,  0.], dtype=float32)
     """
-    values = {"weights": weights, "density": density, "normalize": normalize, "lambda_": lambda_, "scope": scope}
+    values = {
+        "weights": weights,
+        "density": density,
+        "normalize": normalize,
+        "rescale": rescale,
+        "lambda_": lambda_,
+        "scope": scope,
+    }
     return merge_tensors(METHODS[0], deltas, configure(Ties, values, "ties"), are_deltas=True)
 
 
-def _prepare(scan: Scan, config: Ties) -> list[Threshold]:
+@dataclass(frozen=True)
+class _Trim:
+    """What trims each model, and the factor that makes up for it."""
+
+    thresholds: list[Threshold]
+    scales: list[float]
+
+
+def _prepare(scan: Scan, config: Ties) -> _Trim:
     fewest = 1 if config.scope == "tensor" else 0  # so that tensors of a few elements change at all
     densities = per_model(config.density, scan.models, "density")
-    return largest(scan, [max(int(d * scan.size), fewest if d > 0 else 0) for d in densities])
+    found = largest(scan, [max(int(d * scan.size), fewest if d > 0 else 0) for d in densities])
+    if not config.rescale:
+        return _Trim(found, [1.0] * scan.models)
+    return _Trim(found, norm_ratios(scan, lambda chunk, model: _trim(chunk, model, found[model])))
 
 
-def _combine(chunk: Chunk, config: Ties, state: list[Threshold], out: np.ndarray) -> None:
-    for delta, threshold in zip(chunk.tensors, state):
-        keep(delta, delta, threshold, chunk.key)
+def _combine(chunk: Chunk, config: Ties, state: _Trim, out: np.ndarray) -> None:
+    for model, threshold in enumerate(state.thresholds):
+        _trim(chunk, model, threshold)
+        if state.scales[model] != 1:
+            chunk.tensors[model] *= np.float32(state.scales[model])
     weights = np.asarray(per_model(config.weights, len(chunk.tensors)), np.float32)
     elect_and_average(chunk.tensors, weights, config.normalize, np.float32(config.lambda_), out)
+
+
+def _trim(chunk: Chunk, model: int, threshold: Threshold) -> None:
+    delta = chunk.tensors[model]
+    keep(delta, delta, threshold, chunk.key)
 
 
 @kernel
