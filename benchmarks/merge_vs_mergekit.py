@@ -109,7 +109,7 @@ def floor(models: Path, work: Path, method: str) -> float:
 
 def start_up() -> dict[str, float]:
     """Seconds that each tool needs before it touches a model."""
-    code = "import weft.recipe.run, weft.merge, weft.registry; weft.registry.methods()"
+    code = "import weft.recipe.run, weft.merge, weft.registry; weft.registry.method('linear')"
     weft = min(measure([sys.executable, "-c", code])[0] for _ in range(3))
     mergekit = min(measure([str(BIN / "mergekit-yaml"), "--help"])[0] for _ in range(2))
     help_only = min(measure([str(BIN / "weft"), "--help"])[0] for _ in range(5))

@@ -353,6 +353,17 @@ def test_embeddings_saved_beside_the_factors_stay_tied_unless_they_were_trained(
         assert np.array_equal(ours["model.embed_tokens.weight"].numpy(), tensors["model.embed_tokens.weight"])
 
 
+def test_saved_modules_take_the_bases_dtype_where_it_is_a_plain_float() -> None:
+    torch = pytest.importorskip("torch")
+    half, eighth = torch.zeros(4, 6).bfloat16(), torch.zeros(4, 6, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    base = weft.open({"a.weight": half, "b.weight": eighth, "layers.0.fc.weight": half, "c.count": torch.tensor(3)})
+    saved = {"a.weight": random(4, 6), "b.weight": random(4, 6), "c.count": np.array(5)}
+    ours = with_adapter(base, adapter(GOOD | saved, modules_to_save=["a", "b", "c"]))
+    natural = {n: t.natural_dtype.name for n, t in ours.items()}
+    assert natural == {"a.weight": "BF16", "b.weight": "F32", "layers.0.fc.weight": "BF16", "c.count": "I64"}
+    assert ours["c.count"].numpy() == 5
+
+
 def test_resized_embeddings_change_the_vocabulary_and_bring_the_tokenizer(tmp_path: Path) -> None:
     base = weft.open({"layers.0.fc.weight": random(4, 6), "embed.weight": random(10, 6)})
     base.config, base.folder = {"vocab_size": 10}, tmp_path / "base"

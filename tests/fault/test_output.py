@@ -176,19 +176,26 @@ def test_transformers_and_safetensors_read_it(models: list[Path], tmp_path: Path
 # VmHWM belongs to the program; getrusage's figure would carry over from this test process
 PEAK = """
 import sys, weft
-weft.run({"steps": [{"method": "ties", "models": sys.argv[3:], "base": sys.argv[2], "parameters": {"density": 0.5}}]}, sys.argv[1])
+steps = [{"name": "a", "method": "ties", "models": sys.argv[4:], "base": sys.argv[3], "parameters": {"density": 0.5}}]
+if sys.argv[1] == "chain":
+    steps += [
+        {"name": "b", "method": "mergekit/ties", "models": ["@a", sys.argv[4]], "base": sys.argv[3]},
+        {"method": "slerp", "models": ["@b"], "base": "@a", "parameters": {"t": 0.5}},
+    ]
+weft.run({"steps": steps}, sys.argv[2])
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 
-def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path, llama_folder: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("kind", ["one step", "chain"])
+def test_peak_memory_does_not_grow_with_the_model(kind: str, tmp_path: Path, llama_folder: Callable[..., Path]) -> None:
     """Ten times the layers, the same peak: what is held depends on the largest tensor and the budget alone."""
     peaks = []
     for layers in (2, 20):
         folder = tmp_path / str(layers)
         inputs = [llama_folder(folder / f"m{i}", seed=i, layers=layers, hidden=512, vocabulary=1000) for i in range(3)]
         done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(folder / "out"), *map(str, inputs)],
+            [sys.executable, "-c", PEAK, kind, str(folder / "out"), *map(str, inputs)],
             capture_output=True,
             text=True,
             check=True,

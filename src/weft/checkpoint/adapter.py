@@ -20,7 +20,7 @@ import numpy as np
 
 from weft.checkpoint.adapter_names import find_places, holds
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
-from weft.checkpoint.computed import Factors, LowRankUpdate, ReplacedRows, Scratch, as_float32, computed
+from weft.checkpoint.computed import Factors, LowRankUpdate, ReplacedRows, Scratch, as_factors, as_float32, computed
 from weft.checkpoint.lora_config import LoraConfig
 from weft.checkpoint.lora_folder import CONFIG_FILE, Part, open_adapter, read_adapter
 from weft.errors import CheckpointError, ShapeError
@@ -149,7 +149,8 @@ class _Model:
             self.resized = True
             if self.config.get("vocab_size") == old.shape[0]:
                 self.config["vocab_size"] = tensor.shape[0]
-        stored = None if old is None else old.natural_dtype
+        floats = old is not None and {old.natural_dtype.name, tensor.dtype.name} <= set(_COMPUTABLE)
+        stored = old.natural_dtype if old is not None and floats else None
         renamed = dataclasses.replace(tensor, info=dataclasses.replace(tensor.info, name=name), stored=stored)
         if old is not None and alone:
             self.set_alone(name, renamed)
@@ -187,7 +188,7 @@ class _Model:
             )
 
         def load() -> Factors:
-            return Factors(as_float32(change)[:, None] * scale, np.ones((1, 1), np.float32))
+            return as_factors(as_float32(change)[:, None] * scale, np.ones((1, 1), np.float32))
 
         self.set_alone(name, computed(LowRankUpdate(self.weight(name), load, self._scratch, [change])))
 

@@ -18,7 +18,10 @@ from weft.checkpoint.dtypes import DTYPES
 from weft.checkpoint.header import TensorInfo
 from weft.errors import CheckpointError
 from weft.kernels.convert import to_float32
+from weft.kernels.jit import reduction
 
+STEP = 4  # ranks are padded to a multiple of it
+_TILE = 512  # columns of four rows and four factors that stay in the first-level cache
 BLOCK = 1 << 17  # elements computed at a time: half a megabyte of float32 stays in the second-level cache
 
 
@@ -110,6 +113,7 @@ class RowBlocks:
 class Factors:
     """A low-rank change of a weight: ``left`` (rows, rank) times ``right`` (rank, columns), scale included.
 
+    Both are float32 in row order, and the rank is a multiple of ``STEP``: :func:`as_factors` pads it with zeros.
     ``magnitude`` is DoRA's learned length of each output, which is a row of the stored weight, or a column.
     """
 
@@ -157,9 +161,7 @@ class LowRankUpdate(RowBlocks):
 
     def _add(self, values: np.ndarray, first: int) -> None:
         factors = self._scratch.factors
-        change = self._scratch.array("change", values.nbytes).view(np.float32).reshape(values.shape)
-        np.matmul(factors.left[first : first + len(values)], factors.right, out=change)
-        values += change
+        add_product(factors.left[first : first + len(values)], factors.right, values)
 
     def close(self) -> None:
         """See :class:`weft.checkpoint.files.ByteSource`."""
@@ -205,3 +207,38 @@ def _ratio(wanted: np.ndarray | None, lengths: np.ndarray) -> np.ndarray:
     result = np.zeros(lengths.shape)
     np.divide(wanted, lengths, out=result, where=lengths > 0)
     return result.astype(np.float32)
+
+
+def as_factors(left: np.ndarray, right: np.ndarray, magnitude: np.ndarray | None = None, **more: bool) -> Factors:
+    """Factors for :func:`add_product` from float32 arrays (rows, rank) and (rank, columns) in any order."""
+    padding = -left.shape[1] % STEP
+    left, right = np.pad(left, ((0, 0), (0, padding))), np.pad(right, ((0, padding), (0, 0)))
+    return Factors(np.ascontiguousarray(left), np.ascontiguousarray(right), magnitude, **more)
+
+
+@reduction
+def add_product(left, right, out):  # (rows, rank), (rank, columns) -> += (rows, columns); rank a multiple of 4
+    whole = out.shape[0] - out.shape[0] % 4
+    for start in range(0, out.shape[1], _TILE):
+        stop = min(start + _TILE, out.shape[1])
+        for i in range(0, whole, 4):
+            w, x, y, z = out[i, start:stop], out[i + 1, start:stop], out[i + 2, start:stop], out[i + 3, start:stop]
+            for k in range(0, left.shape[1], 4):
+                w0, w1, w2, w3 = left[i, k], left[i, k + 1], left[i, k + 2], left[i, k + 3]
+                x0, x1, x2, x3 = left[i + 1, k], left[i + 1, k + 1], left[i + 1, k + 2], left[i + 1, k + 3]
+                y0, y1, y2, y3 = left[i + 2, k], left[i + 2, k + 1], left[i + 2, k + 2], left[i + 2, k + 3]
+                z0, z1, z2, z3 = left[i + 3, k], left[i + 3, k + 1], left[i + 3, k + 2], left[i + 3, k + 3]
+                a, b = right[k, start:stop], right[k + 1, start:stop]
+                c, d = right[k + 2, start:stop], right[k + 3, start:stop]
+                for j in range(w.size):
+                    aj, bj, cj, dj = a[j], b[j], c[j], d[j]
+                    w[j] += w0 * aj + w1 * bj + w2 * cj + w3 * dj
+                    x[j] += x0 * aj + x1 * bj + x2 * cj + x3 * dj
+                    y[j] += y0 * aj + y1 * bj + y2 * cj + y3 * dj
+                    z[j] += z0 * aj + z1 * bj + z2 * cj + z3 * dj
+        for i in range(whole, out.shape[0]):
+            w = out[i, start:stop]
+            for k in range(left.shape[1]):
+                w0, a = left[i, k], right[k, start:stop]
+                for j in range(w.size):
+                    w[j] += w0 * a[j]

@@ -17,7 +17,7 @@ from typing import Any
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.folder import SAFETENSORS_INDEX, TORCH_INDEX, collect, open_path, read_json, shard_names
 from weft.checkpoint.header import header_length, parse_header
-from weft.checkpoint.remote import LastBlock, RemoteFile
+from weft.checkpoint.remote import LastBlock, RemoteFile, explained
 from weft.errors import CheckpointError, MissingDependencyError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,255})?", re.ASCII)
@@ -54,7 +54,7 @@ def open_hub(text: str) -> Checkpoint:
         cached = _cached(library, repository, revision)
         if cached is not None:
             return _labelled(cached, text, cached.folder.name if cached.folder else "")
-        raise _explained(error, text) from None
+        raise explained(error, text) from None
     return _open_commit(_Repository(library, repository, info.sha, {s.rfilename for s in info.siblings or ()}), text)
 
 
@@ -74,7 +74,7 @@ class _Repository:
             try:
                 path = Path(self.library.hf_hub_download(self.name, name, revision=self.commit, endpoint=_endpoint()))
             except Exception as error:
-                raise _explained(error, f"{self.name}/{name}") from None
+                raise explained(error, f"{self.name}/{name}") from None
         return path.parent
 
     def cached(self, names: Iterable[str]) -> Path | None:
@@ -133,14 +133,9 @@ def _remote(
         if name not in repository.files:
             raise CheckpointError(f"{text}: the index names {name}, which the repository does not have.")
         url = library.hf_hub_url(repository.name, name, revision=repository.commit, endpoint=_endpoint())
-        try:
-            file = RemoteFile(url, name, headers, last)
-            length = header_length(file.head[:8], file.size, f"{text}/{name}")
-            header = file.head[8 : 8 + length] + file.fetch(len(file.head), 8 + length)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise _explained(error, f"{text}/{name}") from None
+        file = RemoteFile(url, name, headers, last)
+        length = header_length(file.head[:8], file.size, f"{text}/{name}")
+        header = file.head[8 : 8 + length] + file.fetch(len(file.head), 8 + length)
         return file, parse_header(header, file.size, f"{text}/{name}")
 
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
@@ -199,32 +194,3 @@ def _library() -> Any:
 
 def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
-
-
-def _explained(error: Exception, text: str) -> CheckpointError:
-    """What an error of the Hub's library means to a user."""
-    from huggingface_hub import errors
-
-    detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    if isinstance(error, errors.GatedRepoError):
-        fix = "the repository is gated: accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN."
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        fix = (
-            "no such folder here, and the Hub has no such repository, or it is private. Check the spelling, or log in "
-            "with `hf auth login`."
-        )
-    elif isinstance(error, errors.RevisionNotFoundError):
-        fix = "the repository has no such revision. Check the branch, tag or commit after the @."
-    elif isinstance(error, errors.EntryNotFoundError):
-        fix = "the repository has no such file."
-    elif isinstance(error, errors.OfflineModeIsEnabled):
-        fix = (
-            "no such folder here, not complete in the local cache, and HF_HUB_OFFLINE is set. Unset it, or download "
-            "the repository first."
-        )
-    else:
-        fix = (
-            f"the Hub cannot be asked, and the repository is not complete in the local cache ({detail}). "
-            "Check the connection; if a local folder was meant, check its path."
-        )
-    return CheckpointError(f"{text}: {fix}")

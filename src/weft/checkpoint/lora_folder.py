@@ -11,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
-from weft.checkpoint.computed import Factors, as_float32
+from weft.checkpoint.computed import Factors, as_factors, as_float32
 from weft.checkpoint.folder import from_safetensors, read_json
 from weft.checkpoint.lora_config import LoraConfig, parse_lora_config
 from weft.errors import CheckpointError, ShapeError
@@ -72,8 +72,8 @@ class Part:
         down, up = down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1) * self.scale
         magnitude = None if self.magnitude is None else as_float32(self.magnitude).reshape(-1)
         if flipped:
-            return Factors(down.T.copy(), up.T.copy(), magnitude, by_column=magnitude is not None)
-        return Factors(up, down, magnitude)
+            return as_factors(down.T, up.T, magnitude, by_column=magnitude is not None)
+        return as_factors(up, down, magnitude)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.folder import from_safetensors, natural_key, open_path, read_json
+from weft.checkpoint.unbaked import refuse_unbaked
 from weft.errors import CheckpointError, did_you_mean
 
 __all__ = ["from_safetensors", "natural_key", "open_checkpoint", "open_path", "read_json"]
@@ -35,6 +36,16 @@ def open_checkpoint(model: str | os.PathLike[str] | Mapping[str, Any] | Checkpoi
     """
     if isinstance(model, Checkpoint):
         return model
+    checkpoint = _open(model)
+    try:
+        refuse_unbaked(checkpoint.tensors, checkpoint.name)
+    except CheckpointError:
+        checkpoint.close()
+        raise
+    return checkpoint
+
+
+def _open(model: str | os.PathLike[str] | Mapping[str, Any]) -> Checkpoint:
     if isinstance(model, Mapping):
         from weft.checkpoint.memory import from_mapping
 

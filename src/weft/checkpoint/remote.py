@@ -75,7 +75,14 @@ class RemoteFile:
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(min(0.25 * 2**attempt, 4))
-            trouble = self._transfer(data, start, stop)
+            try:
+                trouble = self._transfer(data, start, stop)
+            except CheckpointError:
+                raise
+            except (
+                Exception
+            ) as error:  # the library's, httpx's and the operating system's, all mean that it cannot be had
+                raise explained(error, self.name) from None
             end = stop if self.size < 0 else min(stop, self.size)
             if not trouble and start + len(data) == end:
                 return bytes(data)
@@ -119,3 +126,32 @@ class RemoteFile:
         """See :class:`weft.checkpoint.files.ByteSource`."""
         self._closed = True
         self._last.key, self._last.data = None, b""
+
+
+def explained(error: Exception, text: str) -> CheckpointError:
+    """What an error of the Hub's library means to a user."""
+    from huggingface_hub import errors
+
+    detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if isinstance(error, errors.GatedRepoError):
+        fix = "the repository is gated: accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN."
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        fix = (
+            "no such folder here, and the Hub has no such repository, or it is private. Check the spelling, or log in "
+            "with `hf auth login`."
+        )
+    elif isinstance(error, errors.RevisionNotFoundError):
+        fix = "the repository has no such revision. Check the branch, tag or commit after the @."
+    elif isinstance(error, errors.EntryNotFoundError):
+        fix = "the repository has no such file."
+    elif isinstance(error, errors.OfflineModeIsEnabled):
+        fix = (
+            "no such folder here, not complete in the local cache, and HF_HUB_OFFLINE is set. Unset it, or download "
+            "the repository first."
+        )
+    else:
+        fix = (
+            f"the Hub cannot be asked, and the repository is not complete in the local cache ({detail}). "
+            "Check the connection; if a local folder was meant, check its path."
+        )
+    return CheckpointError(f"{text}: {fix}")

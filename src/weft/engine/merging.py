@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,8 @@ class Stage:
         self.method = method
         self.merges: list[Merge] = []
         self.prepared: dict[Any, Any] = {}
+        self.reader = _Reader()
+        self.workspaces = ThreadWorkspaces()
         self._lock = threading.Lock()
 
     def state(self, config: Any, workspace: Callable[[], Workspace], executor: Executor | None = None) -> Any:
@@ -92,9 +94,9 @@ class Merge:
     stage: Stage
     config: Any
     inputs: Inputs
-    workspaces: Callable[[], Workspace] = field(default_factory=ThreadWorkspaces)
+    workspaces: Callable[[], Workspace] | None = None
     state: Any = None
-    _ready: bool = False
+    is_ready: bool = False
 
     def __post_init__(self) -> None:
         self.stage.merges.append(self)
@@ -112,14 +114,14 @@ class Merge:
     def ready(self, workspace: Workspace, staged: list[np.ndarray] | None = None) -> None:
         """Find the state that chunks need."""
         method = self.stage.method
-        if self._ready or method.prepare is None:
+        if self.is_ready or method.prepare is None:
             return
         if self.model_scope:
-            self.state = self.stage.state(self.config, self.workspaces)
+            self.state = self.stage.state(self.config, self.workspaces or self.stage.workspaces)
         else:
             with _quiet():
                 self.state = method.prepare(Scan([self.inputs], lambda: workspace, staged), self.config)
-        self._ready = True
+        self.is_ready = True
 
     def compute(self, number: int, workspace: Workspace, staged: list[np.ndarray] | None = None) -> np.ndarray:
         """(n,) float32 of chunk ``number``, valid until the next call with this workspace."""
@@ -137,6 +139,15 @@ def _quiet() -> np.errstate:
     return np.errstate(invalid="ignore", over="ignore", divide="ignore")
 
 
+class _Reader(threading.local):
+    """What one thread needs to read a step's tensors: one set of buffers, and the chunk that they hold."""
+
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+        self.holds: tuple[int, int] | None = None
+        self.values = np.empty(0, np.float32)
+
+
 class MergeSource:
     """A merge that is read like a file: the input of a later step, computed when read, never stored."""
 
@@ -144,26 +155,26 @@ class MergeSource:
         self.merge = merge
         self.name = merge.inputs.name
         self.size = merge.inputs.size * 4
-        self._local = threading.local()
         self._lock = threading.Lock()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """float32 values, from byte ``offset``."""
-        local = self._local
-        if not hasattr(local, "workspace"):
-            local.workspace, local.number = Workspace(), -1
+        merge, reader = self.merge, self.merge.stage.reader
         with self._lock:
-            self.merge.ready(local.workspace)
+            if not merge.is_ready:
+                reader.holds = None
+                merge.ready(reader.workspace)
         target = np.frombuffer(buffer, np.float32)
         start = offset // 4
-        for number, (low, high) in enumerate(self.merge.inputs.bounds):
+        for number, (low, high) in enumerate(merge.inputs.bounds):
             a, b = max(low, start), min(high, start + target.size)
             if a >= b:
                 continue
-            if local.number != number:
-                local.values = self.merge.compute(number, local.workspace)
-                local.number = number
-            target[a - start : b - start] = local.values[a - low : b - low]
+            if reader.holds != (id(merge), number):
+                reader.holds = None
+                reader.values = merge.compute(number, reader.workspace)
+                reader.holds = (id(merge), number)
+            target[a - start : b - start] = reader.values[a - low : b - low]
 
     def close(self) -> None:
         """The inputs belong to their own checkpoints."""
