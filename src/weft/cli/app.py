@@ -405,8 +405,9 @@ def _execute(
     from weft.cli.show import plan_facts, plan_text, result_text
     from weft.engine.progress import default_progress
     from weft.engine.run import Options, execute
-    from weft.recipe.planner import Opened, parse_size
+    from weft.recipe.opened import Opened
     from weft.recipe.run import make_plan
+    from weft.recipe.size import parse_size
 
     options = Options(force=force)
     if threads:
