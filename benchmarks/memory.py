@@ -6,13 +6,14 @@ python benchmarks/memory.py        writes benchmarks/results/memory.json; needs 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from merge_vs_mergekit import BIN, measure
+from merge_vs_mergekit import BIN
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results") / "memory.json"
@@ -23,7 +24,18 @@ def command(method: str, models: Path, output: Path) -> list[str]:
     """A merge of three fine-tunes (slerp: one) as a user types it."""
     tuned = [str(models / f"ft{i}") for i in range(1 if method == "slerp" else 3)]
     base = [] if method == "linear" else ["--base", str(models / "base")]
+    base += ["--t", "0.5"] if method == "slerp" else []
     return [str(BIN / "weft"), "merge", *tuned, *base, "--method", method, "-o", str(output), "--quiet"]
+
+
+def peak_resident(command: list[str]) -> int:
+    """Peak resident bytes of a command, pages of its libraries included."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -37,7 +49,7 @@ def main() -> None:
             for method in METHODS:
                 run = command(method, work, work / "out")
                 plan = subprocess.run([*run, "--dry-run", "--json"], capture_output=True, text=True, check=True).stdout
-                _, peak, _ = measure(run)
+                peak = peak_resident(run)
                 shutil.rmtree(work / "out")
                 facts = json.loads(plan)
                 size = f"{facts['parameters'] / 1e9:.2f} B"

@@ -23,7 +23,7 @@ MERGES: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     "average": ("linear", {}),
     "model stock": ("model_stock", {}),
     "task arithmetic": ("task_arithmetic", {"lambda": (0.3, 0.5, 1.0)}),
-    "TIES": ("ties", {"density": (0.2, 0.5), "lambda": (0.7, 1.0)}),
+    "TIES": ("ties", {"density": (0.2, 0.5), "lambda": (1.0,)}),
     "PCB": ("pcb", {"density": (0.05, 0.2), "lambda": (1.0,)}),
     "DARE-TIES": ("dare_ties", {"density": (0.2, 0.5), "lambda": (0.7,)}),
 }

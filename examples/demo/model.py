@@ -22,7 +22,7 @@ transformers.logging.disable_progress_bar()
 
 LENGTH = 32  # tokens read of each function
 FROZEN = 4  # layers
-BATCH = 32
+BATCH = 24
 BODY_RATE, HEAD_RATE = 4e-4, 1e-2  # found on validation splits, as what suits each team's own task
 State = dict[str, Tensor]
 

@@ -102,7 +102,8 @@ def conclusions(summary: Numbers) -> str:
     others = [name for name in rows if name not in ("start", "average", "ensemble", "joint training", *TEAMS)]
     against = {name: difference(summary, name, "average") for name in others}
     lines = [
-        f"Points of accuracy, 95% intervals over {count} seed{'s' if count > 1 else ''}, {summary['test_texts']} test texts each.",
+        f"Points of accuracy, 95% intervals over {count} seed{'s' if count > 1 else ''} (a new split and new batches each), "
+        f"{summary['test_texts']} test texts a seed.",
         f"Wins      the plain average against the best specialist: {percent(average['over_best_specialist'], True)}",
         "          (a specialist cannot name six of the nine packages; no team's data left the team)",
     ]

@@ -63,6 +63,7 @@ def merge_on_the_command_line(out: Path, chosen: dict[str, Any]) -> None:
     print("\nIn", out)
     type_in("weft inspect team-a --limit 1", out, show="layer ")
     type_in("weft diff start team-a --limit 1", out, show="layer ")
+    print("\nThe frozen layers need no merging: --exclude copies them, and a density counts what was tuned.")
     for name, settings in chosen.items():
         made = recipe(name, settings)
         folder = folder_name(name)

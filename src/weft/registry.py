@@ -125,6 +125,11 @@ def _how_to_run(row: Method) -> dict[str, str]:
     fields = {p.key: p.field for p in row.parameters.values()}
     changed = {fields.get(key, key): value for key, value in row.defaults.items()}
     function = getattr(row, "function", None)
+    layer = getattr(row, "layer", None)
+    if layer is not None:
+        required = [n for n, p in inspect.signature(layer).parameters.items() if p.default is p.empty]
+        place = "torch.nn" if layer.__module__.startswith("torch.nn") else f"weft.{row.family}"
+        return {"call": f"{place}.{layer.__name__}({', '.join(required)})"}
     if function is None:
         values = ", ".join(f"{k}={v!r}" for k, v in changed.items())
         built = f"weft.{row.family}.{row.config.__name__}({values})"
@@ -174,7 +179,9 @@ def methods_page(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: (r["family"], r["name"].removeprefix("mergekit/"), r["name"])):
-        parameters = ", ".join(f"`{p['key']}` {'required' if p['required'] else p.get('default')}" for p in row["parameters"])
+        parameters = ", ".join(
+            f"`{p['key']}` {'required' if p['required'] else p.get('default')}" for p in row["parameters"]
+        )
         said = row["summary"] + (f" Differs from weft's own row: {row['differs']}." if "differs" in row else "")
         source = " · ".join(v for v in (row.get("paper", ""), row.get("origin", "")) if v)
         cells = (f"`{row['name']}`", row["family"], said, parameters, source)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from weft.contract.layers import run
+from weft.contract.layers import CHECKS, run
 from weft.function.layer import LayerMethod
 from weft.method import parameter
 from weft.registry import methods
@@ -48,19 +48,43 @@ class Bad(nn.Module):
         return (x / x.abs().max().item()).float()[..., :2]
 
 
-def test_a_bad_layer_fails() -> None:
-    results = {
-        r["check"]: r["outcome"] for r in run(LayerMethod("bad", "normalize", BadConfig, "no", "train", layer=Bad))
-    }
-    failed = {c for c, o in results.items() if o == "failed"}
-    assert failed >= {
-        "shape and dtype are kept",
-        "evaluation repeats itself and changes nothing",
-        "samples are independent in evaluation",
-        "statistics move in training only where the row says so",
-        "compiles whole",
-        "zeros are harmless",
-        "gains start at one, shifts at zero",
-        "wrong sizes are refused",
-        "documented",
-    }
+@dataclasses.dataclass(frozen=True)
+class WorseConfig:
+    """A layer that breaks the others.
+
+    >>> WorseConfig().eps
+    1.0
+    """
+
+    eps: float = parameter(1.0, "other than the layer's default")
+
+    def build(self, features: int) -> nn.Module:
+        return Worse()
+
+
+class Worse(nn.Module):
+    def __init__(self, *, eps: float = 2.0) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(1))
+        self.register_buffer("scale", torch.ones(1))
+        self.hidden = torch.rand(())
+        self.unpicklable = lambda x: x
+
+    def __deepcopy__(self, memo: object) -> "Worse":
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (2 * x.detach() - x) * self.scale + self.hidden
+        if self.training:
+            self.scale.add_(1)
+            y = y + 1
+        return y * 1.2 if x.dtype == torch.bfloat16 else y
+
+
+def failures(config: type, layer: type) -> set[str]:
+    row = LayerMethod("bad", "normalize", config, "no", "train", layer=layer)
+    return {r["check"] for r in run(row) if r["outcome"] == "failed"}
+
+
+def test_every_check_can_fail() -> None:
+    assert failures(BadConfig, Bad) | failures(WorseConfig, Worse) == set(CHECKS)

@@ -203,7 +203,9 @@ def test_all_linear_is_what_peft_takes(kind: str) -> None:
         peft.LoraConfig(r=1, target_modules="all-linear", task_type=task, fan_in_fan_out=kind == "gpt2"),
     )
     adapted = {
-        n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
     }
     assert {n.removesuffix(".weight") for n in ours.touched} == adapted
     assert adapted

@@ -53,7 +53,11 @@ def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(PLUGIN.format(name="ties"), "belongs to a method of weft"), ("METHODS = ()", "found none"), ("x = 1", "found none")],
+    [
+        (PLUGIN.format(name="ties"), "belongs to a method of weft"),
+        ("METHODS = ()", "found none"),
+        ("x = 1", "found none"),
+    ],
 )
 def test_plugins_that_are_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "p.py").write_text(text)

@@ -5,10 +5,38 @@ The test suite runs :func:`run_battery` on all rows; ``weft test-method`` runs i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from weft.errors import RecipeError
 from weft.method import Method
+
+
+def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
+    """The battery of the method's kind.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    from weft.engine.merging import MergeMethod
+
+    if isinstance(method, MergeMethod):  # without loading torch
+        from weft.contract import merging
+
+        return merging.run
+
+    from weft.function.layer import LayerMethod
+    from weft.function.protocol import FunctionMethod
+
+    if isinstance(method, FunctionMethod):
+        from weft.contract import functions
+
+        return functions.run
+    if isinstance(method, LayerMethod):
+        from weft.contract import layers
+
+        return layers.run
+    raise RecipeError(f"There is no contract battery for {method.name} (family {method.family}).")
 
 
 def run_battery(method: Method) -> list[dict[str, Any]]:
@@ -17,9 +45,4 @@ def run_battery(method: Method) -> list[dict[str, Any]]:
     Returns:
         For each check its name, "passed", "failed" or "expected", and the reason for the latter two.
     """
-    from weft.contract import merging
-    from weft.engine.merging import MergeMethod
-
-    if isinstance(method, MergeMethod):
-        return merging.run(method)
-    raise RecipeError(f"There is no contract battery for {method.name} (family {method.family}).")
+    return battery(method)(method)

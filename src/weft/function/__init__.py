@@ -1,7 +1,8 @@
 """W = f(θ) in a live model: attach a function to a weight, train its parameters, bake plain weights.
 
 Start at :mod:`weft.function.protocol` (what a function is) and :mod:`weft.function.attach` (``weft.parametrize_``,
-``weft.bake_``, ``weft.functions``). :mod:`weft.function.where` chooses layers, :mod:`weft.function.export` saves.
+``weft.bake_``, ``weft.functions``). :mod:`weft.function.where` chooses layers, :mod:`weft.function.layout` says what a
+function sees of them, :mod:`weft.function.export` saves.
 """
 
 from weft.function.attach import Attached, bake_, functions, parametrize_

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
 
 from weft.errors import RecipeError
-from weft.function.classes import Carrier, compute, orient, put_on, take_off
-from weft.function.protocol import FunctionConfig, Transposed, WeightFunction
-from weft.function.where import Selector, is_conv1d, matches, nearest_names, specificity
-
-_UPDATING = "weft_updating"  # attribute of the root module: stacks whose buffers change before a forward pass
+from weft.function.classes import Carrier, put_on, take_off
+from weft.function.export import bake_on_save
+from weft.function.layout import Layout, layout_of
+from weft.function.protocol import FunctionConfig, WeightFunction
+from weft.function.stack import Stack, is_sharded
+from weft.function.updates import stop_updating, update_before_forward
+from weft.function.where import Selector, matches, most_specific, nearest_names, output_heads, texts
+from weft.method import configure
 
 
 @dataclass
@@ -25,17 +30,31 @@ class Attached:
     Attributes:
         touched: full names of the tensors that are computed now, with the configuration that each got.
         tied: touched names that share a tensor with an earlier one, and its name.
-        ignored: names that a pattern chose and ``ignore`` took back.
-        untouched: tensors of the same name in layers that no pattern chose.
+        ignored: names that were chosen and that ``ignore``, or a configuration of None, took back.
+        untouched: tensors of the same name in layers that nothing chose.
+        unmatched: patterns that chose no layer.
     """
 
     touched: dict[str, Any] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     untouched: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{len(self.touched)} attached ({len(self.tied)} tied), {len(self.ignored)} ignored, {len(self.untouched)} left"
+        counts = f"{len(self.touched)} attached ({len(self.tied)} tied), {len(self.ignored)} ignored"
+        unmatched = f"; no layer matched {', '.join(map(repr, self.unmatched))}" if self.unmatched else ""
+        return f"{counts}, {len(self.untouched)} left{unmatched}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of a layer: the tensor itself, or the stack that computes it."""
+
+    full: str
+    module: nn.Module
+    name: str
+    held: Any
 
 
 def parametrize_(
@@ -46,21 +65,26 @@ def parametrize_(
     name: str = "weight",
     ignore: Selector = (),
 ) -> Attached:
-    """Let functions compute weights of a model, in place.
+    """Let functions compute weights of a model, in place; on a computed weight they go on top.
+
+    Attach before wrapping the model in DistributedDataParallel or fully_shard, and before making the optimizer. Give
+    the model whose forward pass makes a step: it is where functions that change once a step are updated.
 
     Args:
         model: any module.
         config: the function's configuration, or selectors with one each (None: leave alone); the most specific
             selector that matches a layer wins.
         where: which layers, see :mod:`weft.function.where`; narrows a mapping, too.
-        name: the tensor in each layer: "weight", or for example "gate_up_proj" of fused experts (experts, out, in).
+        name: the tensor in each layer: "weight", or for example "gate_up_proj" of fused experts. Tensors of floats
+            with at least two axes are taken; :mod:`weft.function.layout` says how a function sees them.
         ignore: layers to leave alone.
 
     Returns:
-        What was touched and what was not.
+        What was touched and what was not. Layers that share a tensor share its function.
 
     Raises:
-        RecipeError: nothing matched (the message has the nearest names), or a function does not fit a weight.
+        RecipeError: nothing matched (the message has the nearest names), a function does not fit a weight, tied layers
+            were given different functions, or the model is wrapped already. The model is then unchanged.
 
     >>> import weft
     >>> from weft.normalize import WeightStandardization
@@ -70,68 +94,33 @@ def parametrize_(
     >>> bool(model[0].weight.mean() < 1e-6)
     True
     """
-    cases: Mapping[Any, FunctionConfig | None] = config if isinstance(config, Mapping) else {"*": config}
-    report, chosen = Attached(), []
-    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if _has_tensor(m, name)]
-    for path, module in layers:
-        full = f"{path}.{name}" if path else name
-        found = [s for s in cases if matches(where, path, module) and matches(s, path, module)]
-        if not found:
-            report.untouched.append(full)
-        elif matches(ignore, path, module):
-            report.ignored.append(full)
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper compiles again when its module changes
+    _refuse_wrapped(model)
+    cases = {s: _checked(c) for s, c in (config if isinstance(config, Mapping) else {"*": config}).items()}
+    places = list(_places(model))
+    layers = [p for p in places if p.name == name and _is_weight(p)]
+    report, chosen = Attached(), {}
+    heads = output_heads(model)
+    for place in layers:
+        path = _path(place)
+        case = most_specific(cases, path, place.module, heads) if matches(where, path, place.module, heads) else None
+        if case is None:
+            report.untouched.append(place.full)
+        elif cases[case] is None or matches(ignore, path, place.module, heads):
+            report.ignored.append(place.full)
         else:
-            best = max(found, key=lambda s: specificity(s, path))
-            if cases[best] is not None:
-                chosen.append((full, module, cases[best]))
+            chosen[place.full] = cases[case]
+    patterns = [t for s in (where, list(cases), ignore) for t in texts(s)]
+    report.unmatched = [t for t in patterns if not any(matches(t, _path(p), p.module, heads) for p in layers)]
     if not chosen:
-        names = [n for n, _ in layers]
-        hint = nearest_names(where if where != "*" else list(cases), names)
-        raise RecipeError(f"No layer with a tensor {name!r} matched {where!r}; {len(layers)} layers have one.{hint}")
-    _attach(model, chosen, layers, name, report)
+        asked = where if where != "*" else list(cases)
+        hint = nearest_names(asked, [(_path(p), p.module) for p in layers])
+        raise RecipeError(
+            f"No layer with a tensor {name!r} was chosen by {asked!r}: {len(layers)} layers have one, "
+            f"{len(report.ignored)} of these are ignored.{hint}"
+        )
+    _attach(model, places, chosen, report)
     return report
-
-
-def _attach(
-    model: nn.Module,
-    chosen: list[tuple[str, nn.Module, Any]],
-    layers: list[tuple[str, nn.Module]],
-    name: str,
-    report: Attached,
-) -> None:
-    by_storage: dict[int, list[tuple[str, nn.Module]]] = {}
-    for path, module in layers:
-        by_storage.setdefault(id(_holder(module, name)), []).append((f"{path}.{name}" if path else name, module))
-    built = []
-    seen: set[int] = set()
-    for full, module, config in chosen:  # build everything before anything is changed
-        held = _holder(module, name)
-        if id(held) in seen:
-            continue
-        seen.add(id(held))
-        transposed = is_conv1d(module) and name == "weight"
-        weight = held.original if isinstance(held, ParametrizationList) else held
-        try:
-            function = config.build(
-                weight.detach().mT if transposed else weight.detach(), batched=_batched(module, weight)
-            )
-        except RecipeError as error:
-            raise RecipeError(f"{full}: {error}") from None
-        built.append((full, module, config, held, orient(function.to(weight.device), transposed)))
-    for full, _, config, held, function in built:
-        stack = _stack(held, function)
-        for position, (tied_name, tied) in enumerate(by_storage[id(held)]):
-            if not isinstance(held, ParametrizationList) and (name in tied._parameters or name in tied._buffers):
-                put_on(tied, name, stack)
-            report.touched[tied_name] = config
-            if position:
-                report.tied[tied_name] = full
-                if tied_name in report.untouched:
-                    report.untouched.remove(tied_name)
-        if function.freezes:
-            stack.original.requires_grad_(False)
-        if function.has_update:
-            _update_before_forward(model, stack)
 
 
 def functions(model: nn.Module) -> dict[str, list[WeightFunction]]:
@@ -140,25 +129,24 @@ def functions(model: nn.Module) -> dict[str, list[WeightFunction]]:
     >>> functions(nn.Linear(2, 2))
     {}
     """
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Carrier):
-            for name in module.weft_names:
-                stack = module.parametrizations[name]  # type: ignore[index]
-                plain = [f.function if isinstance(f, Transposed) else f for f in stack]  # type: ignore[union-attr]
-                found[f"{path}.{name}" if path else name] = plain
-    return found
+    return {p.full: list(p.held) for p in _places(model) if isinstance(p.held, Stack)}
 
 
 def bake_(model: nn.Module, where: Selector = "*", *, ignore: Selector = ()) -> list[str]:
     """Replace computed weights by their values, in place; the functions and their parameters go.
+
+    Values are those of evaluation. The new weights are new parameters, which train if the stored ones did before a
+    function was attached.
 
     Args:
         model: a model with functions attached.
         where, ignore: which layers, see :mod:`weft.function.where`.
 
     Returns:
-        Full names of the tensors that are plain now. Tied ones stay tied.
+        Full names of the tensors that are plain now. Tied ones are baked together and stay tied.
+
+    Raises:
+        RecipeError: the model is sharded.
 
     >>> import weft
     >>> from weft.normalize import WeightStandardization
@@ -168,95 +156,177 @@ def bake_(model: nn.Module, where: Selector = "*", *, ignore: Selector = ()) -> 
     >>> weft.bake_(layer), bool(torch.equal(layer.weight, before)), type(layer).__name__
     (['weight'], True, 'Linear')
     """
-    carriers = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, Carrier)]
-    chosen = {
-        id(m.parametrizations[n])  # type: ignore[index]
-        for p, m in carriers
-        for n in m.weft_names
-        if matches(where, p, m) and not matches(ignore, p, m)
-    }
-    baked: dict[int, Tensor] = {}
+    heads = output_heads(model)
+    groups: dict[int, list[_Place]] = {}
+    for place in _places(model):
+        if isinstance(place.held, Stack):
+            groups.setdefault(id(place.held), []).append(place)
     names = []
-    for path, module in carriers:
-        if not isinstance(module, Carrier):
-            continue  # one module under two names, done already
-        for name in module.weft_names:
-            stack = module.parametrizations[name]  # type: ignore[attr-defined]
-            if id(stack) not in chosen:
-                continue
-            if id(stack) not in baked:
-                baked[id(stack)] = _plain(stack)
-            take_off(module, name, baked[id(stack)])
-            names.append(f"{path}.{name}" if path else name)
-    for _, module in model.named_modules():
-        left = [s for s in module.__dict__.get(_UPDATING, []) if id(s) not in chosen]
-        if _UPDATING in module.__dict__:
-            module.__dict__[_UPDATING] = left
-    return names
+    for key in list(groups):
+        tied = groups.pop(key)  # so that each stored tensor is freed as soon as it is baked
+        paths = [(_path(p), p.module) for p in tied]
+        wanted = any(matches(where, path, m, heads) and not matches(ignore, path, m, heads) for path, m in paths)
+        if not wanted:
+            continue
+        if any(map(is_sharded, tied[0].held.parameters())):
+            raise RecipeError(
+                f"{tied[0].full} is sharded and cannot be baked in place. Write weft.plain_state_dict(model), which "
+                "gathers it, or load the gathered state into an unsharded model and bake that."
+            )
+        weight = _baked(tied[0].held)
+        for place in tied:
+            if isinstance(place.module, Carrier) and place.name in place.module.weft_names:
+                take_off(place.module, place.name, weight)
+            names.append(place.full)
+    stop_updating(model)
+    order = {p.full: i for i, p in enumerate(_places(model))}
+    return sorted(names, key=order.__getitem__)
 
 
-def _plain(stack: ParametrizationList) -> Tensor:
-    value = compute(stack).contiguous().clone()
-    if isinstance(stack.original, nn.Parameter):
-        return nn.Parameter(value, requires_grad=stack.original.requires_grad)
-    return value
+def _attach(model: nn.Module, places: list[_Place], chosen: dict[str, Any], report: Attached) -> None:
+    groups: dict[int, list[_Place]] = {}
+    for place in places:
+        groups.setdefault(id(place.held), []).append(place)
+    built: list[tuple[list[_Place], Any, WeightFunction, Layout]] = []
+    tried: set[Any] = set()
+    for tied in groups.values():  # build everything before anything is changed
+        first = next((p for p in tied if p.full in chosen), None)
+        if first is None:
+            continue
+        config = chosen[first.full]
+        for other in tied:
+            if other.full in report.ignored or chosen.get(other.full, config) != config:
+                raise RecipeError(
+                    f"{first.full} and {other.full} share one tensor, so they share one function: choose both with one "
+                    "configuration, or ignore both, or untie them."
+                )
+        if isinstance(first.held, nn.parameter.UninitializedTensorMixin):
+            raise RecipeError(f"{first.full} has no shape yet; run the model once before attaching functions.")
+        layout = _layout(first)
+        function = _built(first, config, layout, tried)
+        built.append((tied, config, function, layout))
+    for tied, config, function, layout in built:
+        stack = _put(tied[0].held, function, layout)
+        for place in tied:
+            if not isinstance(place.held, Stack) and place.name in (*place.module._parameters, *place.module._buffers):
+                put_on(place.module, place.name, stack)
+            report.touched[place.full] = config
+        first = next(p for p in tied if p.full in chosen)
+        report.tied.update({p.full: first.full for p in tied if p is not first})
+    report.untouched = [n for n in report.untouched if n not in report.touched]
+    if any(function.has_update for _, _, function, _ in built):
+        update_before_forward(model)
+    bake_on_save()
 
 
-def _stack(held: Tensor | ParametrizationList, function: WeightFunction) -> ParametrizationList:
-    if isinstance(held, ParametrizationList):
-        held.append(function)
-        return held
-    shape, dtype = held.shape, held.dtype
-    stack = ParametrizationList([function], held, unsafe=True)
-    made = compute(stack)
-    if made.shape != shape or made.dtype != dtype:
+def _built(place: _Place, config: Any, layout: Layout, tried: set[Any]) -> WeightFunction:
+    """The function for a weight, tried on one weight of each kind: on a large model, on all would take seconds."""
+    with torch.no_grad():
+        weight = place.held.weight() if isinstance(place.held, Stack) else layout.seen(place.held.detach())
+        try:
+            function: WeightFunction = config.build(weight, batched=layout.batched)
+        except RecipeError as error:
+            raise RecipeError(f"{place.full}: {error}") from None
+        function = function.to(weight.device).train(place.module.training)
+        if isinstance(place.held, Stack) and _stores_otherwise(function):
+            fixed = next((type(f).__name__ for f in place.held if not _stores_otherwise(f)), "")
+            if fixed:
+                raise RecipeError(
+                    f"{place.full}: {type(function).__name__} changes what is stored, and {fixed} beneath it cannot be "
+                    "inverted; attach them in the other order."
+                )
+        kind = (id(config), type(function), weight.shape, weight.dtype, layout)
+        made = weight if kind in tried else function(function.right_inverse(weight))
+        tried.add(kind)
+    if made.shape != weight.shape or made.dtype != weight.dtype:
         raise RecipeError(
-            f"{type(function).__name__} turned a weight of shape {list(shape)}, {dtype} into {list(made.shape)}, "
-            f"{made.dtype}; a weight function keeps both."
+            f"{place.full}: {type(function).__name__} turned a weight of shape {list(weight.shape)}, {weight.dtype} "
+            f"into {list(made.shape)}, {made.dtype}; a weight function keeps both."
         )
+    return function
+
+
+@torch.no_grad()
+def _put(held: Tensor | Stack, function: WeightFunction, layout: Layout) -> Stack:
+    """The stack that computes a weight from now on."""
+    stack = held if isinstance(held, Stack) else Stack(held, layout)
+    if _stores_otherwise(function):
+        value = function.right_inverse(stack.weight())
+        for beneath in reversed(list(stack)):
+            value = beneath.right_inverse(value)
+        stack.original.copy_(layout.stored(value))
+    stack.append(function)
+    if function.freezes:
+        stack.original.requires_grad_(False)
     return stack
 
 
-def _holder(module: nn.Module, name: str) -> Any:
-    """The tensor, or the stack that computes it: what tied layers share."""
-    if isinstance(module, Carrier) and name in module.weft_names:
-        return module.parametrizations[name]  # type: ignore[index]
-    found = module._parameters.get(name)
-    return found if found is not None else module._buffers.get(name)
+def _stores_otherwise(function: WeightFunction) -> bool:
+    return type(function).right_inverse is not WeightFunction.right_inverse
 
 
-def _has_tensor(module: nn.Module, name: str) -> bool:
-    held = _holder(module, name)
-    if isinstance(held, ParametrizationList):
+def _baked(stack: Stack) -> Tensor:
+    value = stack.value().contiguous()
+    if value.untyped_storage().data_ptr() == stack.original.untyped_storage().data_ptr():
+        value = value.clone()
+    return nn.Parameter(value, requires_grad=stack.trained) if isinstance(stack.original, nn.Parameter) else value
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    """All tensors of a model's layers, under all their names; those inside functions are no layer's."""
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module in inside:
+            continue
+        held = {**module._parameters, **module._buffers}
+        if isinstance(module, Carrier):
+            held.update({n: module.parametrizations[n] for n in module.weft_names})
+            inside.update(m for n in module.weft_names for m in module.parametrizations[n].modules())
+        for name, value in held.items():
+            if value is not None:
+                yield _Place(f"{path}.{name}" if path else name, module, name, value)
+
+
+def _path(place: _Place) -> str:
+    return place.full[: -len(place.name)].rstrip(".")
+
+
+def _layout(place: _Place) -> Layout:
+    if isinstance(place.held, Stack):
+        return place.held.layout
+    return layout_of(place.module, place.name, place.held)
+
+
+def _is_weight(place: _Place) -> bool:
+    held = place.held
+    if isinstance(held, Stack | nn.parameter.UninitializedTensorMixin):
         return True
-    return isinstance(held, Tensor) and held.dim() >= 2 and held.is_floating_point()
+    return bool(held.dim() >= 2 and held.is_floating_point())
 
 
-def _batched(module: nn.Module, weight: Tensor) -> bool:
-    """Whether a weight is a stack of matrices: three axes, and not a convolution's."""
-    return weight.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+def _checked(config: Any) -> Any:
+    """A configuration with its values checked; None stays."""
+    if config is None:
+        return None
+    if isinstance(config, type) or not hasattr(config, "build"):
+        raise RecipeError(
+            f"A function's configuration is needed, such as weft.adapt.LoRA(rank=8), got {config!r}; "
+            "`weft methods` lists them."
+        )
+    if not dataclasses.is_dataclass(config) or not all("minimum" in f.metadata for f in dataclasses.fields(config)):
+        return config
+    return configure(type(config), {f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
 
 
-def _update_before_forward(model: nn.Module, stack: ParametrizationList) -> None:
-    """Have buffers updated once before each forward pass of the model in training.
-
-    The hook sits on the model, not on the layer: a layer inside a checkpointed block runs twice in one step.
-    """
-    if _UPDATING not in model.__dict__:
-        model.__dict__[_UPDATING] = []
-        model.register_forward_pre_hook(_update)
-    listed: list[ParametrizationList] = model.__dict__[_UPDATING]
-    if not any(s is stack for s in listed):
-        listed.append(stack)
-
-
-def _update(model: nn.Module, arguments: Sequence[Any]) -> None:
-    if not model.training:
-        return
-    with torch.no_grad():
-        for stack in model.__dict__[_UPDATING]:
-            weight = stack.original
-            for function in stack:
-                if function.has_update:
-                    function.update(weight)
-                weight = function(weight)
+def _refuse_wrapped(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel) or any(map(is_sharded, module._parameters.values())):
+            raise RecipeError(
+                f"{path or 'The model'} is wrapped for distributed training already, which would not see new "
+                "parameters; attach functions first, then wrap."
+            )
+        if is_parametrized(module) and not isinstance(module, Carrier):
+            raise RecipeError(
+                f"{path or 'The model'} has parametrizations of torch; bake them with "
+                "torch.nn.utils.parametrize.remove_parametrizations first."
+            )

@@ -7,35 +7,44 @@ each (base class, names), it pickles by naming these two, and equal layers compi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils.parametrize import ParametrizationList
 
 from weft.errors import RecipeError
-from weft.function.protocol import Inner, Transposed, WeightFunction
-from weft.function.where import is_conv1d
+from weft.function.layout import is_conv1d
+from weft.function.stack import Stack
+
+_ORDER = "weft_order"  # attribute of a module: the order of its parameters before functions were attached
+_HELD = "weft_held"  # attribute of a module: weights computed in the forward pass that is running
 
 
 class Carrier:
-    """Marks classes made here."""
+    """Marks the classes made here.
+
+    Attributes:
+        weft_base: the class without functions.
+        weft_names: the tensors that are computed, sorted.
+        parametrizations: what computes each of them.
+    """
 
     weft_base: type[nn.Module]
     weft_names: tuple[str, ...]
+    parametrizations: Mapping[str, Stack]
 
 
 def carrier(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The class for modules of class ``base`` whose tensors ``names`` are computed."""
-    return _carrier(base, tuple(sorted(names)))
+    return _carrier(cast("Any", base), tuple(sorted(names)))
 
 
 @cache
-def _carrier(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _carrier(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (base, names), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return empty, (base, names), self.__getstate__()
 
     space: dict[str, Any] = {
         "weft_base": base,
@@ -46,24 +55,68 @@ def _carrier(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         **{name: _computed(name) for name in names},
     }
-    if "weight" in names and (issubclass(base, nn.Linear) or base.__name__ == "Conv1D"):
-        space["forward"] = _linear_forward
+    if "weight" in names and _is_plain_linear(base):
+        space["forward"] = _linear_forward(base)
+    elif not issubclass(base, nn.modules.conv._ConvNd | nn.Embedding):
+        space["forward"] = _holding_forward(base)
     # the properties live in a parent of the class that modules get: torch's remove_parametrizations deletes from the
     # class itself, and must fail here instead of breaking every other module of the class
     holder = type(f"Functional{base.__name__}", (Carrier, base), space)
     return type(holder.__name__, (holder,), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
-def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     """An uninitialised module, to be filled by unpickling or copying."""
-    made = carrier(base, names)
+    from weft.function.export import bake_on_save  # which imports this module
+
+    bake_on_save()
+    made: Any = carrier(base, names)
     return made.__new__(made)
+
+
+def put_on(module: nn.Module, name: str, stack: Stack) -> None:
+    """Make tensor ``name`` of ``module`` computed by ``stack``."""
+    if "parametrizations" not in module._modules:
+        module.parametrizations = nn.ModuleDict()
+        module.__dict__[_ORDER] = tuple(module._parameters)
+    base = getattr(type(module), "weft_base", type(module))
+    names = getattr(type(module), "weft_names", ())
+    module._parameters.pop(name, None)
+    module._buffers.pop(name, None)
+    module.parametrizations[name] = stack
+    module.__class__ = carrier(base, (*names, name))
+
+
+def take_off(module: Any, name: str, weight: Tensor) -> None:
+    """Make tensor ``name`` of a carrier a plain one again."""
+    base: type[nn.Module] = module.weft_base
+    names = tuple(n for n in module.weft_names if n != name)
+    del module.parametrizations[name]
+    if names:
+        module.__class__ = carrier(base, names)
+    else:
+        del module.parametrizations
+        module.__class__ = base
+    if isinstance(weight, nn.Parameter):
+        module.register_parameter(name, weight)
+    else:
+        module.register_buffer(name, weight)
+    if not names:  # an optimizer knows parameters by their order
+        for other in module.__dict__.pop(_ORDER):
+            if other in module._parameters:
+                module._parameters[other] = module._parameters.pop(other)
 
 
 def _computed(name: str) -> property:
     def get(self: nn.Module) -> Tensor:
-        value: Tensor = self.parametrizations[name]()  # type: ignore[index,operator,union-attr]
-        return value
+        stack: Stack = self._modules["parametrizations"]._modules[name]
+        held: dict[Any, Tensor] | None = self.__dict__.get(_HELD)
+        if held is None:
+            return stack()
+        key = (name, torch.is_grad_enabled())  # a value made without gradients must not serve where they are wanted
+        if key not in held:
+            held[key] = stack()
+        return held[key]
 
     def set(self: nn.Module, value: Any) -> None:
         raise _cannot_set(self, name)
@@ -73,7 +126,7 @@ def _computed(name: str) -> property:
 
 def _register_parameter(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     """What assigning an ``nn.Parameter`` calls instead of the property."""
-    if name in type(self).weft_names:  # type: ignore[attr-defined]
+    if name in type(self).weft_names:
         raise _cannot_set(self, name)
     nn.Module.register_parameter(self, name, parameter)
 
@@ -86,71 +139,34 @@ def _cannot_set(module: nn.Module, name: str) -> RecipeError:
     )
 
 
-def _linear_forward(self: nn.Module, x: Tensor) -> Tensor:
-    """x (…, in) -> (…, out), by the fast path where a function has one."""
-    stack: ParametrizationList = self.parametrizations["weight"]  # type: ignore[index,assignment]
-    transposed = is_conv1d(self)
-    bias = self.bias
-    if not any(f.has_product for f in stack):  # type: ignore[union-attr]
-        weight = stack()
-        return functional.linear(x, weight.mT if transposed else weight, bias)  # type: ignore[arg-type]
-    y = _multiply(list(stack), stack.original, transposed)(x)  # type: ignore[arg-type]
-    return y if bias is None else y + bias  # type: ignore[return-value,operator]
+def _is_plain_linear(base: Any) -> bool:
+    """Whether a class multiplies by its weight as nn.Linear or transformers' Conv1D does, and by nothing else."""
+    if issubclass(base, nn.Linear):
+        return base.forward is nn.Linear.forward
+    return any(is_conv1d(c) and "forward" in vars(c) and base.forward is c.forward for c in base.__mro__)
 
 
-def _multiply(functions: list[WeightFunction], stored: Tensor, transposed: bool) -> Inner:
-    """What multiplies by the weight that ``functions`` make of ``stored``, building no matrix where none is needed."""
-    if not functions:
-        return lambda x: functional.linear(x, stored.mT if transposed else stored)
-    last = functions[-1]
-    if last.has_product:
-        inner = _multiply(functions[:-1], stored, transposed)
-        return lambda x: last.product(x, inner)
+def _linear_forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """x (…, in) -> (…, out), by the fast path where a function has one."""
+        stack: Stack = self._modules["parametrizations"]._modules["weight"]
+        if not stack.has_product:
+            return base.forward(self, x)
+        y = stack.multiply(x)
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)  # autocast leaves sums alone
 
-    def dense(x: Tensor) -> Tensor:
-        weight = stored
-        for function in functions:
-            weight = function(weight)
-        return functional.linear(x, weight.mT if transposed else weight)
-
-    return dense
+    return forward
 
 
-def put_on(module: nn.Module, name: str, stack: ParametrizationList) -> None:
-    """Make tensor ``name`` of ``module`` computed by ``stack``."""
-    if not hasattr(module, "parametrizations"):
-        module.parametrizations = nn.ModuleDict()
-    base = getattr(type(module), "weft_base", type(module))
-    names = getattr(type(module), "weft_names", ())
-    module._parameters.pop(name, None)
-    module._buffers.pop(name, None)
-    module.parametrizations[name] = stack  # type: ignore[operator]
-    module.__class__ = carrier(base, (*names, name))
+def _holding_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """A forward pass that computes a weight once however often it is read: experts are, once for each expert."""
 
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__[_HELD] = {}
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            self.__dict__[_HELD] = None
 
-def take_off(module: nn.Module, name: str, weight: Tensor) -> None:
-    """Make tensor ``name`` of ``module`` a plain one again."""
-    base: type[nn.Module] = type(module).weft_base  # type: ignore[attr-defined]
-    names = tuple(n for n in type(module).weft_names if n != name)  # type: ignore[attr-defined]
-    del module.parametrizations[name]  # type: ignore[operator]
-    if names:
-        module.__class__ = carrier(base, names)
-    else:
-        del module.parametrizations
-        module.__class__ = base
-    if isinstance(weight, nn.Parameter):
-        module.register_parameter(name, weight)
-    else:
-        module.register_buffer(name, weight)
-
-
-def orient(function: WeightFunction, transposed: bool) -> WeightFunction:
-    """A function of (out, in) matrices for a layer that stores (in, out)."""
-    return Transposed(function) if transposed else function
-
-
-def compute(stack: ParametrizationList) -> Tensor:
-    """The weight, without gradients."""
-    with torch.no_grad():
-        value: Tensor = stack()
-        return value
+    return forward

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+import inspect
 import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from weft.errors import CheckpointError, OutputError
-from weft.function.attach import bake_
-from weft.function.classes import Carrier, compute
+from weft.checkpoint.save import save_tensors
+from weft.checkpoint.unbaked import refuse_unbaked
+from weft.errors import OutputError
+from weft.function.classes import Carrier
+from weft.function.stack import gathered
 
-MARK = "parametrizations."
 
-
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def plain_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """A state dict with every computed weight in place of its function's parts.
 
     Args:
-        model: with or without functions.
+        model: with or without functions; if it is sharded, every process must call this.
+        state: values to compute from instead of the model's own, such as a state dict gathered from shards.
 
     Returns:
         Names as the plain model has them; computed weights are detached copies, tied names share one tensor.
@@ -32,16 +36,20 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     >>> sorted(plain_state_dict(layer))
     ['bias', 'weight']
     """
-    state = {n: v for n, v in model.state_dict().items() if MARK not in n}
+    whole = {n: gathered(v) for n, v in (model.state_dict() if state is None else state).items()}
     computed: dict[int, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Carrier):
-            for name in module.weft_names:
-                stack = module.parametrizations[name]  # type: ignore[index]
-                if id(stack) not in computed:
-                    computed[id(stack)] = compute(stack).contiguous()  # type: ignore[arg-type]
-                state[f"{path}.{name}" if path else name] = computed[id(stack)]
-    return state
+        if not isinstance(module, Carrier):
+            continue
+        for name in module.weft_names:
+            stack = module.parametrizations[name]
+            prefix = f"{path}.parametrizations.{name}." if path else f"parametrizations.{name}."
+            parts = {n.removeprefix(prefix): whole.pop(n) for n in list(whole) if n.startswith(prefix)}
+            if id(stack) not in computed and parts:
+                computed[id(stack)] = stack.value(parts).contiguous()
+            if id(stack) in computed:
+                whole[f"{path}.{name}" if path else name] = computed[id(stack)]
+    return whole
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> None:
@@ -53,28 +61,59 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> No
         options: passed on to ``save_pretrained``.
 
     Raises:
-        OutputError: the folder cannot be written.
-    """
-    baked = copy.deepcopy(model)
-    bake_(baked)
-    if hasattr(baked, "save_pretrained"):
-        baked.save_pretrained(folder, **options)
-        return
-    from safetensors.torch import save_model
+        OutputError: the folder cannot be written, or holds a model.safetensors and the model is not transformers' own.
 
+    >>> import tempfile, weft
+    >>> layer, folder = nn.Linear(3, 2), tempfile.mkdtemp()
+    >>> _ = weft.parametrize_(layer, weft.adapt.LoRA(rank=1))
+    >>> save(layer, folder)
+    >>> with weft.open(folder) as written:
+    ...     list(written)
+    ['bias', 'weight']
+    """
+    bake_on_save()
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder, **options)
+        return
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_model(baked, str(Path(folder) / "model.safetensors"))
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error}).") from None
+    state = plain_state_dict(model)
+    refuse_unbaked(state)
+    first: dict[Any, str] = {}  # a file holds each storage once; names of its twins go where safetensors looks for them
+    twins: dict[str, str] = {}
+    for name, tensor in state.items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tensor.numel() and first.setdefault(key, name) != name:
+            twins[name] = first[key]
+    kept = {n: t.detach().cpu().contiguous() for n, t in state.items() if n not in twins}
+    save_tensors(Path(folder) / "model.safetensors", kept, {"format": "pt", **twins})
 
 
-def refuse_unbaked(names: Any) -> None:
-    """Raise ``CheckpointError`` if a state dict holds the parts of functions instead of weights."""
-    found = [n for n in names if MARK in n]
-    if found:
-        raise CheckpointError(
-            f"The state dict holds {found[0]!r}: it was saved from a model with weight functions attached, and loading "
-            "it into a plain model would leave those layers at random values. Save with weft.save or after weft.bake_, "
-            "or attach the same functions before loading."
-        )
+def bake_on_save() -> None:
+    """Have transformers' ``save_pretrained`` write baked weights of models with functions, and all others as before.
+
+    A model may be saved by its own method, by a trainer, or as a part of a larger model that knows of no functions; all
+    of these end there, and a file with the parts of functions would load as random weights.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return
+    owner = modeling.PreTrainedModel
+    if not hasattr(owner.save_pretrained, "weft_original"):
+        owner.save_pretrained = _baking(owner.save_pretrained)
+
+
+def _baking(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(m, Carrier) for m in self.modules()):
+            return original(self, save_directory, *args, **kwargs)
+        call = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
+        call.arguments["state_dict"] = plain_state_dict(self, call.arguments.get("state_dict"))
+        refuse_unbaked(call.arguments["state_dict"])
+        return original(*call.args, **call.kwargs)
+
+    save_pretrained.weft_original = original  # type: ignore[attr-defined]
+    return save_pretrained

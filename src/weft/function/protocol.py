@@ -4,17 +4,18 @@ A weight function computes a weight W from a stored tensor and parameters of its
 ``forward(stored)`` returns W, and it may offer three things more:
 
 - ``right_inverse(weight)``: the stored tensor from which ``forward`` gives ``weight`` back, where there is one;
-- ``product(x, inner)``: x multiplied by W, when that is cheaper than building W; ``inner(x)`` multiplies by what lies
+- ``product(x, inner)``: x multiplied by W, when that is cheaper than building it; ``inner(x)`` multiplies by what lies
   beneath, so that fast paths chain;
 - ``update(stored)``: a change of buffers, called once before each forward pass in training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from weft.method import Method
@@ -26,7 +27,9 @@ class WeightFunction(nn.Module):
     """Base of all weight functions. Subclasses define ``forward`` and what else they have.
 
     Shapes are those of a matrix as ``nn.Linear`` stores it, (out, in), with any further axes of a convolution behind
-    (out, in, …), or a stack of matrices (experts, out, in) where ``batched`` is true.
+    (out, in, …), or a stack of matrices (experts, out, in) where ``batched`` is true; :mod:`weft.function.layout` turns
+    what a layer stores into one of these. Parameters have at least one axis, since sharded training splits the first,
+    and those that train beside the stored tensor have its dtype.
     """
 
     has_product = False
@@ -38,7 +41,7 @@ class WeightFunction(nn.Module):
         raise NotImplementedError
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The stored tensor for a weight; the weight itself unless a subclass knows better."""
+        """The stored tensor for a weight, of the same shape; the weight itself unless a subclass knows better."""
         return weight
 
     def product(self, x: Tensor, inner: Inner) -> Tensor:
@@ -63,36 +66,13 @@ class FunctionMethod(Method):
 
     Attributes:
         starts_at: what W is right after attaching: "weight" (unchanged) or "transformed" (f of the old weight).
+        approximate: why the gradient is not the exact one; empty if it is.
+        trial: parameters for the small layers of the contract battery, where the defaults do not fit 8 × 16 matrices.
     """
 
     starts_at: str = "weight"
-
-
-class Transposed(WeightFunction):
-    """A function of matrices for layers that store the transpose (GPT-2's Conv1D: (in, out))."""
-
-    def __init__(self, function: WeightFunction):
-        super().__init__()
-        self.function = function
-        self.has_product = function.has_product
-        self.has_update = function.has_update
-        self.freezes = function.freezes
-
-    def forward(self, stored: Tensor) -> Tensor:
-        """The weight as the layer stores it, (in, out)."""
-        return self.function(stored.mT).mT
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The stored tensor as the layer stores it."""
-        return self.function.right_inverse(weight.mT).mT.contiguous()
-
-    def product(self, x: Tensor, inner: Inner) -> Tensor:
-        """See :class:`WeightFunction`; orientation does not matter to a product."""
-        return self.function.product(x, inner)
-
-    def update(self, stored: Tensor) -> None:
-        """See :class:`WeightFunction`."""
-        self.function.update(stored.mT)
+    approximate: str = ""
+    trial: Mapping[str, Any] = field(default_factory=dict)
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -103,3 +83,12 @@ def as_matrix(weight: Tensor) -> Tensor:
     torch.Size([4, 75])
     """
     return weight.reshape(weight.shape[0], -1)
+
+
+def wide(weight: Tensor) -> torch.dtype:
+    """The type to accumulate in: float32, or float64 for a weight of that type.
+
+    >>> wide(torch.zeros(1, dtype=torch.bfloat16)), wide(torch.zeros(1, dtype=torch.float64))
+    (torch.float32, torch.float64)
+    """
+    return torch.promote_types(weight.dtype, torch.float32)

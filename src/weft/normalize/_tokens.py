@@ -24,9 +24,9 @@ def mean_over_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
 
 def check_features(x: Tensor, axis: int, features: int, owner: str) -> None:
     """Refuse an input with another number of features."""
-    if x.dim() < 2 or x.shape[axis] != features:
+    if x.dim() <= max(axis, 0) or x.shape[axis] != features:
         where = "the last axis" if axis == -1 else f"axis {axis}"
         raise ShapeError(
-            f"{owner} normalises {features} features along {where} of a batch and got an input of shape "
+            f"{owner} normalises {features} features along {where} and got an input of shape "
             f"{list(x.shape)}; build it with that number, or move the features."
         )

@@ -5,7 +5,8 @@ networks, Brock et al., arXiv:2102.06171 (2021).
 
     Gᵢ ← c · max(|Wᵢ|, ε) / |Gᵢ| · Gᵢ        where |Gᵢ| > c · max(|Wᵢ|, ε)
 
-Wᵢ, Gᵢ: weights and gradient of unit i: a row of a matrix, a filter of a convolution; a bias or gain is one unit.
+Wᵢ, Gᵢ: weights and gradient of unit i: a row of a matrix, a filter of a convolution, one of fused experts; a bias or
+gain is one unit.
 
 Differences from the paper and its code: none in the equation; layers to leave out are chosen by selectors, with all
 that lies below them. Units below their limit keep their gradients bit for bit.

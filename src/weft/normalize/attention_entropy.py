@@ -14,6 +14,7 @@ Complexity: O(attention weights). Re-implemented from the equations (official co
 
 from __future__ import annotations
 
+import inspect
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from weft.errors import RecipeError
 from weft.function.where import Selector, matches
+
+_ARGUMENTS = tuple(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
@@ -34,8 +37,8 @@ def attention_entropy(weights: Tensor) -> Tensor:
     Returns:
         (…, queries), between 0 and log(keys).
 
-    >>> attention_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
-    tensor([0.6931, 0.0000])
+    >>> attention_entropy(torch.full((1, 4), 0.25)).exp()
+    tensor([4.])
     """
     positive = weights > 0
     return -(weights * torch.where(positive, weights, 1).log()).sum(-1)
@@ -110,7 +113,9 @@ class EntropyMonitor:
             if matches(where, name, module):
                 self._watch(name, module)
         if not self._handles:
-            raise RecipeError(f"No layer matched {where!r}; say which layers are attention, for example where='*.attn'.")
+            raise RecipeError(
+                f"No layer matched {where!r}; say which layers are attention, for example where='*.attn'."
+            )
 
     def lowest(self) -> Tensor:
         """The lowest layer's entropy in the last forward pass."""
@@ -136,8 +141,9 @@ class EntropyMonitor:
         asked: list[tuple[bool, bool]] = []  # what the caller wanted, from before to after the layer
 
         def before(_: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
+            options = dict(zip(_ARGUMENTS, arguments)) | options
             asked.append((options.get("need_weights", True), options.get("average_attn_weights", True)))
-            return arguments, {**options, "need_weights": True, "average_attn_weights": False}
+            return (), {**options, "need_weights": True, "average_attn_weights": False}
 
         def after(_: nn.Module, arguments: Any, output: Any) -> Any:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None

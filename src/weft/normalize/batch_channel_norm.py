@@ -136,9 +136,7 @@ class BatchChannelNorm2d(nn.Module):
     torch.Size([2, 4, 3, 3])
     """
 
-    def __init__(
-        self, features: int, *, groups: int = 1, estimate: bool = False, rate: float = 0.1, eps: float = 1e-5
-    ):
+    def __init__(self, features: int, *, groups: int = 1, estimate: bool = False, rate: float = 0.1, eps: float = 1e-5):
         super().__init__()
         if features % groups:
             raise ShapeError(f"{groups} groups do not divide {features} channels; choose a divisor.")

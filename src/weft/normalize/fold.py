@@ -2,7 +2,7 @@
 
     W (s ⊙ x + t) + b = (W diag(s)) x + (b + W t)
 
-W: (out, in, …); s, t: (in). A convolution is folded exactly only where nothing is padded, or where t is 0.
+W: (out, in); s, t: (in); b: (out).
 """
 
 from __future__ import annotations

@@ -79,9 +79,7 @@ def scale_learning_rate(learning_rate: float, batch: int, reference: int, rule: 
     return learning_rate * (ratio**0.5 if rule == "sqrt" else ratio)
 
 
-def adapt_regime(
-    boundaries: Sequence[int], epochs: int, batch: int, reference: int
-) -> tuple[tuple[int, ...], int]:
+def adapt_regime(boundaries: Sequence[int], epochs: int, batch: int, reference: int) -> tuple[tuple[int, ...], int]:
     """Boundaries of the learning rate's phases and the last epoch, for as many steps as at the reference batch size.
 
     Args:
@@ -135,7 +133,7 @@ class GhostBatchNorm1d(nn.Module):
         check_features(x, 1, self.features, type(self).__name__)
         wide = widened(x)
         if not self.training:
-            return self._apply(wide.unsqueeze(0), self.running_mean, self.running_var).squeeze(0).to(x.dtype)
+            return self._affine(wide.unsqueeze(0), self.running_mean, self.running_var).squeeze(0).to(x.dtype)
         size = self.ghost_size
         count = max(1, len(x) // size)
         equal = count if len(x) == count * size else count - 1  # parts of exactly ``size``
@@ -155,9 +153,9 @@ class GhostBatchNorm1d(nn.Module):
             )
         variance, mean = torch.var_mean(parts, dim=axes, correction=0)  # (parts, channels)
         self._move(mean.detach(), variance.detach() * (values / (values - 1)))
-        return self._apply(parts, mean, variance)
+        return self._affine(parts, mean, variance)
 
-    def _apply(self, parts: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    def _affine(self, parts: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         shape = (-1, 1, self.features, *[1] * (parts.dim() - 3))
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (parts - mean.reshape(shape)) * scale.reshape(shape) + self.bias.reshape(shape[1:])

@@ -42,9 +42,13 @@ class PowerNormConfig:
     """
 
     alpha_forward: float = parameter(0.9, "how much of the running mean square a step keeps", minimum=0, maximum=1)
-    alpha_backward: float = parameter(0.9, "how much of the running gradient statistic a step keeps", minimum=0, maximum=1)
+    alpha_backward: float = parameter(
+        0.9, "how much of the running gradient statistic a step keeps", minimum=0, maximum=1
+    )
     warmup: int = parameter(1000, "steps that use the batch's own statistics", minimum=0)
-    groups: int = parameter(0, "first divide each token by the root mean square of so many groups; 0: do not", minimum=0)
+    groups: int = parameter(
+        0, "first divide each token by the root mean square of so many groups; 0: do not", minimum=0
+    )
     eps: float = parameter(1e-5, "added to mean squares", minimum=0)
 
     def build(self, features: int) -> nn.Module:
@@ -56,15 +60,13 @@ class _SmoothGradient(torch.autograd.Function):
     """x̂ -> x̂; its gradient loses ν x̂, and ν moves."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, nu: Tensor, warming: Tensor, valid: Tensor | None, alpha: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, nu: Tensor, warming: Tensor, valid: Tensor | None, alpha: float) -> Tensor:
         ctx.save_for_backward(x, warming, valid)
         ctx.nu, ctx.alpha = nu, alpha  # not saved: a second use in the same step may move it before this one's backward
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, warming, valid = ctx.saved_tensors
         nu = ctx.nu.to(gradient.dtype)
         projection = mean_over_tokens(gradient * x, valid)
@@ -157,7 +159,9 @@ class PowerNorm(nn.Module):
         >>> norm = norm.fuse_(linear)
         """
         if self.groups:
-            raise RecipeError(f"{self.groups} groups are normalised for each token, which cannot be folded; keep the norm.")
+            raise RecipeError(
+                f"{self.groups} groups are normalised for each token, which cannot be folded; keep the norm."
+            )
         fold_into_(linear, self.weight * torch.rsqrt(self.running_square + self.eps), self.bias)
         return nn.Identity()
 

@@ -48,7 +48,9 @@ class UnifiedNormConfig:
     """
 
     window: int = parameter(4, "batches in the geometric mean", minimum=1)
-    warmup: int = parameter(4000, "steps that use the batch's own statistics: as many as the learning rate's", minimum=0)
+    warmup: int = parameter(
+        4000, "steps that use the batch's own statistics: as many as the learning rate's", minimum=0
+    )
     alpha: float = parameter(0.9, "how much of the running statistics a step keeps", minimum=0, maximum=1)
     outlier_filter: bool = parameter(True, "skip smoothing where a batch is an outlier; for text, better off")
     pooled: bool = parameter(False, "test outliers with one variance for all channels")
@@ -81,7 +83,7 @@ class _SmoothGradient(torch.autograd.Function):
         return z * weight
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, ratio, exact, skip, slot, valid = ctx.saved_tensors
         running, window = ctx.running.to(gradient.dtype), ctx.window.to(gradient.dtype)
         g = gradient * (weight * ratio)

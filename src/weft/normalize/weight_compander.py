@@ -88,7 +88,7 @@ class _Compander(WeightFunction):
         # (1), and not a scalar: fully sharded training cannot split a tensor without axes
         a = (a if batched else a.reshape(1)).to(weight.dtype)
         b = a / config.expansion
-        self.clamped = int((weight.abs() > _INSIDE * BOUNDS[config.function] * a).sum())
+        self.clamped = 0 if weight.is_meta else int((weight.abs() > _INSIDE * BOUNDS[config.function] * a).sum())
         if config.learn:
             self.log_a, self.log_b = nn.Parameter(a.log()), nn.Parameter(b.log())
         else:

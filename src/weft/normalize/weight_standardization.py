@@ -12,10 +12,11 @@ Complexity: O(elements) in each forward pass. Re-implemented from the equation (
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from torch.nn import functional
 
 from weft.errors import RecipeError
 from weft.function.protocol import FunctionMethod, WeightFunction, as_matrix
@@ -40,7 +41,7 @@ class WeightStandardization:
 
     def build(self, weight: Tensor, *, batched: bool) -> WeightFunction:
         """The function for one weight."""
-        if weight[0].numel() // (weight.shape[1] if batched else 1) < 2:
+        if math.prod(weight.shape[2 if batched else 1 :]) < 2:
             raise RecipeError(
                 f"each output has one weight ({list(weight.shape)}), which has no variance; leave it out."
             )
@@ -52,17 +53,21 @@ def standardize(weight: Tensor, *, eps: float = 1e-5, unbiased: bool = False) ->
 
     Args:
         weight: (…, rows, n).
-        eps: added to the variance.
+        eps: added to the variance; 0 is for rows that vary.
         unbiased: divide by n − 1 in the variance.
 
     Returns:
         The same shape and dtype.
 
+    >>> import torch
     >>> standardize(torch.tensor([[1.0, 3.0]]), eps=0)
     tensor([[-1.,  1.]])
     """
-    variance, mean = torch.var_mean(weight, dim=-1, keepdim=True, correction=int(unbiased))
-    return (weight - mean) * torch.rsqrt(variance + eps)
+    n = weight.shape[-1]
+    if not unbiased:
+        return functional.layer_norm(weight, (n,), eps=eps)
+    less = (n - 1) / n  # the biased variance as a share of the unbiased one
+    return functional.layer_norm(weight, (n,), eps=eps * less) * math.sqrt(less)
 
 
 class _Standardize(WeightFunction):

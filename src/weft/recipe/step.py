@@ -389,6 +389,7 @@ def _ordered_union(reference: Checkpoint, checkpoints: Sequence[Checkpoint]) -> 
 
 
 def check_parameter_names(step: Step, method: MergeMethod, label: str) -> None:
+    """Raise ``RecipeError`` for a parameter that the method does not have, or not for single models."""
     shared = {p.key for p in method.parameters.values()} | {
         p.per_model for p in method.parameters.values() if p.per_model
     }

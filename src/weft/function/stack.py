@@ -1,0 +1,140 @@
+"""A stored tensor and the functions that turn it into a weight.
+
+It stands at ``layer.parametrizations.<name>``, where torch keeps its own parametrizations, so names in a state dict are
+torch's: ``parametrizations.weight.original`` and ``parametrizations.weight.0.<parameter>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from weft.errors import RecipeError
+from weft.function.layout import Layout
+from weft.function.protocol import Inner, WeightFunction
+
+
+class Stack(nn.ModuleList):
+    """Functions, innermost first, over one stored tensor.
+
+    Attributes:
+        original: the stored tensor, as the layer lays it out.
+        layout: how functions see it.
+        trained: whether the tensor trained before a function was attached.
+        has_product: whether some function multiplies without building its weight.
+        has_update: whether some function changes buffers before a forward pass.
+    """
+
+    original: Tensor
+
+    def __init__(self, stored: Tensor, layout: Layout):
+        super().__init__()
+        if isinstance(stored, nn.Parameter):
+            self.register_parameter("original", stored)
+        else:
+            self.register_buffer("original", stored)
+        self.layout = layout
+        self.trained: bool = stored.requires_grad
+        self.has_product = self.has_update = False
+
+    def __iter__(self) -> Iterator[WeightFunction]:
+        return iter(self._modules.values())
+
+    def append(self, function: nn.Module) -> Stack:
+        """Put a function on top."""
+        if not isinstance(function, WeightFunction):
+            raise RecipeError(
+                f"A {type(function).__name__} cannot go on a weight that weft computes; attach a weft.function."
+                "WeightFunction with weft.parametrize_, or call weft.bake_ first."
+            )
+        super().append(function)
+        self.has_product |= function.has_product
+        self.has_update |= function.has_update
+        return self
+
+    def forward(self) -> Tensor:
+        """The weight as the layer stores it."""
+        return self.layout.stored(self.weight())
+
+    def weight(self, count: int | None = None) -> Tensor:
+        """The weight as functions see it, or what the first ``count`` functions make.
+
+        Autocast rules products with a weight; it is off while the weight is computed.
+        """
+        device = self.original.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._through(count)
+        return self._through(count)
+
+    @torch.no_grad()
+    def value(self, parts: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The weight as the layer stores it, in evaluation, from the stack's own tensors or from others."""
+        modes = [(m, m.training) for m in self.modules()]
+        self.eval()
+        try:
+            value: Tensor = self() if parts is None else functional_call(self, dict(parts), ())
+        finally:
+            for module, training in modes:
+                module.training = training
+        return value
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (…, in) -> (…, out), building no matrix where none is needed."""
+        return self._inner(len(self))(x)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Change the functions' buffers, innermost first. Sharded tensors are gathered one stack at a time."""
+        device = self.original.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                self._update()
+        else:
+            self._update()
+
+    def _update(self) -> None:
+        last = max(i for i, f in enumerate(self) if f.has_update)
+        weight = self.layout.seen(gathered(self.original))
+        for i, function in enumerate(self):
+            if function.has_update:
+                function.update(weight)
+            if i < last:
+                weight = _with_whole_parameters(function, weight)
+
+    def _through(self, count: int | None) -> Tensor:
+        weight = self.layout.seen(self.original)
+        for function in list(self)[:count]:
+            weight = function(weight)
+        return weight
+
+    def _inner(self, count: int) -> Inner:
+        """What multiplies by the weight that the first ``count`` functions make."""
+        if count == 0:
+            return partial(functional.linear, weight=self.layout.seen(self.original))
+        function = list(self)[count - 1]
+        if function.has_product:
+            return partial(function.product, inner=self._inner(count - 1))
+        return partial(functional.linear, weight=self.weight(count))
+
+
+def _with_whole_parameters(function: WeightFunction, stored: Tensor) -> Tensor:
+    parameters = dict(function.named_parameters())
+    if not any(map(is_sharded, parameters.values())):
+        return function(stored)
+    return functional_call(function, {n: gathered(p) for n, p in parameters.items()}, (stored,))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor with all its shards; every process of the group must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's DTensor."""
+    return hasattr(tensor, "full_tensor")
