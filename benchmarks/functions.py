@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results") / "functions.json"
 GOAL_MICROSECONDS = 45  # a call, on top of a plain nn.Linear's
 WHOLE = ("lora", "sigma_reparam", "weight_standardization")
-BLOCK = 100  # calls
+BLOCK = 20  # calls: two milliseconds at most, so that most blocks run without a break
 
 
 def layers(features: int) -> dict[str, nn.Module]:
@@ -155,7 +155,7 @@ def attach_and_bake(name: str, parameters: float) -> dict[str, Any]:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=int, default=200)
+    parser.add_argument("--blocks", type=int, default=1000)
     parser.add_argument("--parameters", type=float, default=0.5e9)
     parser.add_argument("--whole", help="measure one method on a whole model, and print it")
     arguments = parser.parse_args()

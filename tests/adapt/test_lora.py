@@ -13,6 +13,11 @@ from weft.errors import RecipeError
 peft = pytest.importorskip("peft")
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def function_of(layer: nn.Module, name: str = "weight") -> nn.Module:
     return layer.parametrizations[name][0]
 

@@ -17,6 +17,11 @@ from weft.function.layout import Layout, layout_of
 from weft.normalize import SigmaReparam, WeightCompander, WeightStandardization
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 class Counted(WeightFunction):
     """Twice the weight; counts forward passes and updates."""
 

@@ -11,6 +11,18 @@ from weft.normalize import SigmaReparam
 from weft.normalize.sigma_reparam import top_singular
 
 
+NUMBERS = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=NUMBERS)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def spectral_norm(weight: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(weight.detach().double().flatten(1), 2)
 
@@ -30,19 +42,19 @@ def attached(layer: nn.Module, **options: object) -> nn.Module:
 @pytest.mark.parametrize(
     "matrix",
     [
-        torch.randn(20, 30),
-        torch.randn(30, 20),
-        torch.randn(200, 100),
-        torch.randn(1, 7),
-        torch.randn(7, 1),
-        torch.randn(1, 1),
+        normal(20, 30),
+        normal(30, 20),
+        normal(200, 100),
+        normal(1, 7),
+        normal(7, 1),
+        normal(1, 1),
         torch.eye(50),
         -torch.eye(3),
         torch.ones(40, 60),
-        torch.randn(40, 3) @ torch.randn(3, 50),
+        normal(40, 3) @ normal(3, 50),
         torch.diag(torch.tensor([0.0] * 40 + [5.0])),
-        torch.randn(3, 20, 30),
-        torch.randn(2, 3, 40, 10),
+        normal(3, 20, 30),
+        normal(2, 3, 40, 10),
     ],
     ids=lambda m: "x".join(map(str, m.shape)),
 )
@@ -77,8 +89,9 @@ def test_attaching_changes_nothing_and_gamma_is_the_norm(layer: nn.Module) -> No
 
 def test_gamma_is_the_norm_after_some_iterations() -> None:
     layer = attached(nn.Linear(12, 8).double(), iterations=20)
-    with torch.no_grad():
-        layer.parametrizations.weight.original.copy_(torch.randn(8, 12))
+    left, _, right = torch.linalg.svd(torch.randn(8, 12).double(), full_matrices=False)
+    with torch.no_grad():  # the second value is 0.8 of the first: 0.8^40 of it is left after 20 iterations
+        layer.parametrizations.weight.original.copy_(left * 0.8 ** torch.arange(8) @ right)
         sigma(layer).gain.fill_(2.5)
     layer.train()(torch.randn(1, 12).double())
     assert abs(spectral_norm(layer.weight) - 2.5) < 2.5e-4

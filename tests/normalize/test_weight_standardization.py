@@ -14,6 +14,11 @@ from weft.normalize import WeightStandardization, standardize
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (3, 7), (4, 3, 5, 5), (2, 5, 3), (0, 4)])
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("eps", [1e-5, 0.3])

@@ -29,7 +29,9 @@ from weft.function.protocol import FunctionMethod, Inner, WeightFunction, as_mat
 from weft.method import parameter
 
 _TINY = 1e-12
-_KRYLOV = 32  # the norm of a Gaussian 1024 x 2764 matrix comes out within 2e-4, and of one with 32 rows or columns exactly
+_KRYLOV = (
+    32  # the norm of a Gaussian 1024 x 2764 matrix comes out within 2e-4, and of one with 32 rows or columns exactly
+)
 
 
 @dataclass(frozen=True)
