@@ -10,7 +10,6 @@ from weft.errors import RecipeError
 from weft.normalize import SigmaReparam
 from weft.normalize.sigma_reparam import top_singular
 
-
 NUMBERS = torch.Generator().manual_seed(0)
 
 
