@@ -44,12 +44,12 @@ def corpus(per_package: int) -> tuple[list[str], np.ndarray]:
 
 
 def split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions of the texts to train on (70%), to choose settings with (10%), and to report (20%)."""
+    """Positions of the texts to train on (65%), to choose settings with (12%), and to report (23%)."""
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
     random = np.random.default_rng(seed)
     for package in np.unique(labels):
         own = random.permutation(np.flatnonzero(labels == package)).tolist()
-        first, second = round(0.7 * len(own)), round(0.8 * len(own))
+        first, second = round(0.65 * len(own)), round(0.77 * len(own))
         for part, positions in zip(parts, (own[:first], own[first:second], own[second:])):
             part += positions
     return np.array(parts[0]), np.array(parts[1]), np.array(parts[2])

@@ -557,13 +557,16 @@ def test_compiled_models_take_functions_and_update() -> None:
     before = compiled(x)
     weft.parametrize_(compiled, LoRA(rank=2))
     torch.testing.assert_close(compiled(x), before)
-    weft.parametrize_(compiled, SigmaReparam(), where="inner.0")
+    report = weft.parametrize_(compiled, SigmaReparam(), where="inner.0")
+    assert list(report.touched) == ["inner.0.weight"]
+    assert list(weft.functions(compiled)) == ["inner.0.weight", "inner.1.weight"]
+    assert weft.plain_state_dict(compiled).keys() == Layered().state_dict().keys()
     u = model.inner[0].parametrizations.weight[1].u.clone()
     with torch.no_grad():
         model.inner[0].parametrizations.weight.original.add_(torch.eye(3))
     y = compiled(x)
     assert not torch.equal(model.inner[0].parametrizations.weight[1].u, u)
-    weft.bake_(model)
+    assert weft.bake_(compiled) == ["inner.0.weight", "inner.1.weight"]
     torch.testing.assert_close(compiled(x), y)
 
 
@@ -579,6 +582,7 @@ def test_wrapped_models_are_refused() -> None:
         model = nn.parallel.DistributedDataParallel(Layered())
         with pytest.raises(RecipeError, match="attach functions first, then wrap"):
             weft.parametrize_(model, LoRA(rank=1))
+        assert weft.plain_state_dict(model).keys() == Layered().state_dict().keys()
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

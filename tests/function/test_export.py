@@ -227,13 +227,30 @@ def test_torchs_weight_norm_is_a_model() -> None:
     refuse_unbaked(["a.weight", "parametrizations_original", "my_parametrizations.weight.original"])
 
 
-def test_loading_into_a_plain_model_fails_loudly() -> None:
-    model = nn.Linear(4, 3)
+def test_loading_the_other_kind_of_state_dict_fails_loudly() -> None:
+    model, plain = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
     weft.parametrize_(model, LoRA(rank=1))
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        nn.Linear(4, 3).load_state_dict(model.state_dict())
-    with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict(nn.Linear(4, 3).state_dict())
+        plain.load_state_dict(model.state_dict())
+    for strict in (True, False):  # trainers tolerate missing names
+        with pytest.raises(RuntimeError, match=r"0\.weight is computed by a weight function here.*Load it before"):
+            model.load_state_dict(plain.state_dict(), strict=strict)
+    model.load_state_dict({"0.bias": torch.ones(3)}, strict=False)
+    assert torch.equal(model[0].bias, torch.ones(3))
+
+
+def test_a_trainers_checkpoints_are_plain_models(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = with_functions(llama(), "all-linear")
+    tokens = torch.randint(0, 11, (8, 6))
+    options = {"max_steps": 2, "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(tmp_path, learning_rate=0.1, gradient_checkpointing=True, **options)
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    torch.testing.assert_close(logits(reloaded(tmp_path / "checkpoint-2")), logits(model.eval()))
+    with pytest.raises(RuntimeError, match="is computed by a weight function here"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_computed_weight_says_how_to_set_it() -> None:

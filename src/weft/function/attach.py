@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
 from weft.errors import RecipeError
-from weft.function.classes import Carrier, put_on, take_off
+from weft.function.classes import Carrier, put_on, take_off, unwrapped
 from weft.function.export import bake_on_save
 from weft.function.layout import Layout, layout_of
 from weft.function.protocol import FunctionConfig, WeightFunction
@@ -94,8 +94,8 @@ def parametrize_(
     >>> bool(model[0].weight.mean() < 1e-6)
     True
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper compiles again when its module changes
     _refuse_wrapped(model)
+    model = unwrapped(model)  # what torch.compile has wrapped compiles again when it changes
     cases = {s: _checked(c) for s, c in (config if isinstance(config, Mapping) else {"*": config}).items()}
     places = list(_places(model))
     layers = [p for p in places if p.name == name and _is_weight(p)]
@@ -275,7 +275,7 @@ def _baked(stack: Stack) -> Tensor:
 def _places(model: nn.Module) -> Iterator[_Place]:
     """All tensors of a model's layers, under all their names; those inside functions are no layer's."""
     inside: set[nn.Module] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in unwrapped(model).named_modules(remove_duplicate=False):
         if module in inside:
             continue
         held = {**module._parameters, **module._buffers}

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from weft.errors import RecipeError
 from weft.function.layout import is_conv1d
@@ -51,6 +52,7 @@ def _carrier(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
         "weft_names": names,
         "__reduce_ex__": reduce,
         "register_parameter": _register_parameter,
+        "_load_from_state_dict": _load_from_state_dict,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         **{name: _computed(name) for name in names},
@@ -72,6 +74,17 @@ def empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     bake_on_save()
     made: Any = carrier(base, names)
     return made.__new__(made)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers: names are those of the plain model."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in getattr(model, "_modules", {}):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def put_on(module: nn.Module, name: str, stack: Stack) -> None:
@@ -129,6 +142,18 @@ def _register_parameter(self: nn.Module, name: str, parameter: nn.Parameter | No
     if name in type(self).weft_names:
         raise _cannot_set(self, name)
     nn.Module.register_parameter(self, name, parameter)
+
+
+def _load_from_state_dict(self: Any, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Refuse a plain weight also where missing names are tolerated: a trainer would go on from other weights."""
+    errors: list[str] = rest[-1]
+    for name in type(self).weft_names:
+        if prefix + name in state:
+            errors.append(
+                f"{prefix + name} is computed by a weight function here, and the state dict holds a plain weight. Load "
+                "it before attaching functions, or load a state dict of a model with the same functions."
+            )
+    type(self).weft_base._load_from_state_dict(self, state, prefix, *rest)
 
 
 def _cannot_set(module: nn.Module, name: str) -> RecipeError:

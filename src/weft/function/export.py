@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weft.checkpoint.save import save_tensors
 from weft.checkpoint.unbaked import refuse_unbaked
 from weft.errors import OutputError
-from weft.function.classes import Carrier
+from weft.function.classes import Carrier, unwrapped
 from weft.function.stack import gathered
 
 
@@ -24,7 +24,8 @@ def plain_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None
 
     Args:
         model: with or without functions; if it is sharded, every process must call this.
-        state: values to compute from instead of the model's own, such as a state dict gathered from shards.
+        state: values to compute from instead of the model's own, such as a state dict gathered from shards; by the
+            names that the model has inside torch.compile's and DistributedDataParallel's wrappers.
 
     Returns:
         Names as the plain model has them; computed weights are detached copies, tied names share one tensor.
@@ -36,6 +37,7 @@ def plain_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None
     >>> sorted(plain_state_dict(layer))
     ['bias', 'weight']
     """
+    model = unwrapped(model)
     whole = {n: gathered(v) for n, v in (model.state_dict() if state is None else state).items()}
     computed: dict[int, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -72,6 +74,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> No
     ['bias', 'weight']
     """
     bake_on_save()
+    model = unwrapped(model)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder, **options)
         return
