@@ -68,11 +68,7 @@ def table(summary: Numbers) -> str:
 
 
 def percent(number: Numbers, sign: bool = False) -> str:
-    """Mean and interval in percent.
-
-    >>> percent({"mean": 0.5, "half": 0.02}), percent({"mean": 0.25, "half": None}, sign=True)
-    ('50.0 ± 2.0', '+25.0')
-    """
+    """Mean and interval in percent, as in 50.0 ± 2.0."""
     mean = f"{100 * number['mean']:+.1f}" if sign else f"{100 * number['mean']:.1f}"
     return mean if number["half"] is None else f"{mean} ± {100 * number['half']:.1f}"
 
@@ -84,11 +80,7 @@ def difference(summary: Numbers, a: str, b: str) -> Numbers:
 
 
 def verdict(number: Numbers) -> str:
-    """Whether a difference is more than chance.
-
-    >>> verdict({"mean": 0.1, "half": 0.02}), verdict({"mean": 0.1, "half": 0.2})
-    ('better', 'no clear difference')
-    """
+    """Whether a difference is more than chance: zero lies outside the interval."""
     if number["half"] is None or abs(number["mean"]) <= number["half"]:
         return "no clear difference"
     return "better" if number["mean"] > 0 else "worse"

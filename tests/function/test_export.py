@@ -23,6 +23,13 @@ transformers = pytest.importorskip("transformers")
 TOKENS = torch.tensor([[1, 2, 3, 4]])
 
 
+@pytest.fixture(autouse=True)
+def _as_transformers_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever earlier tests attached: save_pretrained as it is before."""
+    now = transformers.PreTrainedModel.save_pretrained
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", getattr(now, "weft_original", now))
+
+
 def llama(tied: bool = True, **options: object) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -157,15 +164,31 @@ def weft_baked(model: nn.Module) -> nn.Module:
     return baked
 
 
-def test_a_model_from_a_pickle_in_a_new_process(tmp_path: Path) -> None:
+def test_a_model_from_a_pickle_is_saved_as_a_plain_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_functions(llama())
-    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
-    code = f"import pickle; pickle.load(open({str(tmp_path / 'model.pkl')!r}, 'rb')).save_pretrained({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    stored = pickle.dumps(model)
+    # as in a new process, where nothing has been attached
+    original = transformers.PreTrainedModel.save_pretrained.weft_original
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", original)
+    pickle.loads(stored).save_pretrained(tmp_path)
     torch.testing.assert_close(logits(reloaded(tmp_path)), logits(model))
 
 
 # any module
+
+
+def test_a_model_from_a_pickle_in_a_new_process(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    weft.parametrize_(model, SigmaReparam())
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    code = (
+        "import pathlib, pickle, sys, torch\n"
+        "model = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "print(model(torch.ones(4)).sum().item())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pkl")]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert float(out) == model.train()(torch.ones(4)).sum().item()
 
 
 class Tied(nn.Module):

@@ -191,6 +191,20 @@ def test_the_norm_follows_training() -> None:
     torch.testing.assert_close(spectral_norm(layer.weight).float(), sigma(layer).gain.detach()[0], rtol=0.02, atol=0)
 
 
+def test_autocast_does_not_round_the_norm() -> None:
+    layer = attached(nn.Linear(6, 6))
+    given = []
+
+    def inner(x: Tensor) -> Tensor:
+        given.append(nn.functional.linear(x, layer.parametrizations.weight.original))
+        return given[-1]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = sigma(layer).product(torch.randn(2, 6), inner)
+    assert [g.dtype for g in given] == [torch.float32, torch.bfloat16]  # W u, and W x
+    assert y.dtype == torch.bfloat16
+
+
 def test_a_model_cast_after_attaching_trains() -> None:
     layer = attached(nn.Linear(16, 16)).bfloat16().train()
     layer(torch.randn(2, 16).bfloat16()).sum().backward()
