@@ -1,7 +1,8 @@
 """Three teams fine-tune one pretrained transformer on their own data; weft makes one model of the three.
 
 Each team teaches MiniLM-L6 to tell three packages of Python's standard library apart. No team sees the others' data.
-Their models are merged from the command line and asked about all nine packages. ``--quick`` runs a small version.
+Their models are merged from the command line and asked about all nine packages. ``--quick`` runs a small version. Afterwards ``cp examples/demo/out/demo.* docs/`` renews what
+the documentation shows.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def type_in(command: str, out: Path, show: str = "") -> None:
 
 def merge_on_the_command_line(out: Path, chosen: dict[str, Any]) -> None:
     """Seed 0's specialists become one model, once for each method; settings as chosen on validation texts."""
-    print("\nIn", out)
+    print("\nIn", os.path.relpath(out))
     type_in("weft inspect team-a --limit 1", out, show="layer ")
     type_in("weft diff start team-a --limit 1", out, show="layer ")
     print("\nThe frozen layers need no merging: --exclude copies them, and a density counts what was tuned.")
@@ -94,7 +95,7 @@ def main() -> None:
     seeds, steps = (1, 2) if quick else (5, 20)
 
     prepare(out, per_package=20 if quick else 200)
-    print(f"\nFine-tuning three specialists, {steps} steps each, for each of {seeds} seeds:", flush=True)
+    print(f"\nFine-tuning three specialists, {steps} steps each, {seeds} seed{'s' if seeds > 1 else ''}:", flush=True)
     if quick:
         runs = [run_seed(0, out, steps, quick)]
         merge_on_the_command_line(out, runs[0]["chosen"])

@@ -212,6 +212,17 @@ def test_a_model_cast_after_attaching_trains() -> None:
     assert layer.parametrizations.weight.original.grad.isfinite().all()
 
 
+def test_vectors_of_a_bfloat16_matrix_move_in_float32() -> None:
+    layer = attached(nn.Linear(40, 30).bfloat16()).train()
+    u, matrix = sigma(layer).u.clone(), layer.parametrizations.weight.original.detach().double()
+    layer(torch.zeros(1, 40).bfloat16())
+    v = nn.functional.normalize(matrix @ u.double(), dim=0)
+    torch.testing.assert_close(sigma(layer).v.double(), v, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        sigma(layer).u.double(), nn.functional.normalize(matrix.mT @ v, dim=0), rtol=0, atol=1e-6
+    )
+
+
 def test_bfloat16_starts_within_the_rounding_of_gamma() -> None:
     layer = nn.Linear(64, 64).bfloat16()
     before = layer.weight.detach().double()
