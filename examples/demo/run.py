@@ -1,8 +1,8 @@
 """Three teams fine-tune one pretrained transformer on their own data; weft makes one model of the three.
 
 Each team teaches MiniLM-L6 to tell three packages of Python's standard library apart. No team sees the others' data.
-Their models are merged from the command line and asked about all nine packages. ``--quick`` runs a small version. Afterwards ``cp examples/demo/out/demo.* docs/`` renews what
-the documentation shows.
+Their models are merged from the command line and asked about all nine packages. ``--quick`` runs a small version.
+Afterwards ``cp examples/demo/out/demo.* docs/`` renews what the documentation shows.
 """
 
 from __future__ import annotations
