@@ -61,7 +61,10 @@ def _carrier(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
         space["forward"] = _linear_forward(base)
     elif not issubclass(base, nn.modules.conv._ConvNd | nn.Embedding):
         space["forward"] = _holding_forward(base)
-    return type(f"Functional{base.__name__}", (Carrier, base), space)
+    # the properties live in a parent of the class that modules get: torch's remove_parametrizations deletes from the
+    # class itself, and must fail here instead of breaking every other module of the class
+    holder = type(f"Functional{base.__name__}", (Carrier, base), space)
+    return type(holder.__name__, (holder,), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
 def empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
