@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.contract.models import Net, attach
+from weft.contract.models import Net, Other, Scaled, attach
+from weft.function.attach import parametrize_
 from weft.function.export import plain_state_dict
 from weft.function.protocol import FunctionMethod
 from weft.function.stack import gathered
@@ -41,6 +42,7 @@ def train(method: FunctionMethod, how: str = "", rank: int = 0, size: int = 1) -
         The model's state, and under ``plain.`` its state dict for export.
     """
     net = Net(torch.float64)
+    parametrize_(net, Other(Scaled), where="blocks.1.up")  # so that one is on top of another
     attach(method, net)
     model: nn.Module = net
     if how == "ddp":

@@ -266,9 +266,9 @@ def _stores_otherwise(function: WeightFunction) -> bool:
 
 
 def _baked(stack: Stack) -> Tensor:
-    value = stack.value().contiguous()
-    if value.untyped_storage().data_ptr() == stack.original.untyped_storage().data_ptr():
-        value = value.clone()
+    # room for the result first: after the scratch of one layer it would keep the allocator from giving that back
+    value = torch.empty_like(stack.original, memory_format=torch.contiguous_format, requires_grad=False)
+    value.copy_(stack.value())
     return nn.Parameter(value, requires_grad=stack.trained) if isinstance(stack.original, nn.Parameter) else value
 
 
