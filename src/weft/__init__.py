@@ -19,6 +19,7 @@ _PUBLIC = {
     "bake_": ("weft.function.attach", "bake_"),
     "functions": ("weft.function.attach", "functions"),
     "edit": ("weft.edit", ""),
+    "init": ("weft.init", ""),
     "measure": ("weft.measure", ""),
     "merge": ("weft.merge", ""),
     "normalize": ("weft.normalize", ""),
@@ -33,6 +34,7 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from weft import adapt as adapt
     from weft import edit as edit
+    from weft import init as init
     from weft import measure as measure
     from weft import merge as merge
     from weft import normalize as normalize

@@ -21,7 +21,7 @@ from typing import Any
 from weft.errors import RecipeError, did_you_mean
 from weft.method import Method
 
-FAMILIES = ("merge", "edit", "adapt", "normalize")
+FAMILIES = ("merge", "edit", "adapt", "init", "normalize")
 ENTRY_POINT = "weft.methods"
 INDEX = Path(__file__).with_name("methods.json")
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -134,6 +134,9 @@ def _how_to_run(row: Method) -> dict[str, str]:
         values = ", ".join(f"{k}={v!r}" for k, v in changed.items())
         built = f"weft.{row.family}.{row.config.__name__}({values})"
         return {"call": f"weft.parametrize_(model, {built})" if hasattr(row.config, "build") else built}
+    if hasattr(row, "fills"):
+        needed = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
+        return {"call": f"weft.{row.family}.{function.__name__}({', '.join(needed)})"}
     given = []
     for name, parameter in inspect.signature(function).parameters.items():
         if name in changed:

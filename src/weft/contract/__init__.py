@@ -25,6 +25,7 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
 
         return merging.run
 
+    from weft.function.initializer import InitMethod
     from weft.function.layer import LayerMethod
     from weft.function.protocol import FunctionMethod
 
@@ -36,6 +37,10 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
         from weft.contract import layers
 
         return layers.run
+    if isinstance(method, InitMethod):
+        from weft.contract import initializers
+
+        return initializers.run
     raise RecipeError(f"There is no contract battery for {method.name} (family {method.family}).")
 
 
