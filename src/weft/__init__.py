@@ -16,6 +16,7 @@ _PUBLIC = {
     "Checkpoint": ("weft.checkpoint.checkpoint", "Checkpoint"),
     "WeftError": ("weft.errors", "WeftError"),
     "adapt": ("weft.adapt", ""),
+    "adapt_": ("weft.adapt.attach", "adapt_"),
     "bake_": ("weft.function.attach", "bake_"),
     "functions": ("weft.function.attach", "functions"),
     "edit": ("weft.edit", ""),
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from weft import measure as measure
     from weft import merge as merge
     from weft import normalize as normalize
+    from weft.adapt.attach import adapt_ as adapt_
     from weft.checkpoint.checkpoint import Checkpoint as Checkpoint
     from weft.checkpoint.open import open_checkpoint as open  # noqa: F401
     from weft.errors import WeftError as WeftError

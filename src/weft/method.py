@@ -221,7 +221,8 @@ def _check(owner: str, row: Parameter, value: Any) -> Any:
 def _number(label: str, row: Parameter, value: Any) -> float | int:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RecipeError(f"{label} must be a finite number, got {value!r}.")
-    if row.type.startswith("int") and "float" not in row.type:
+    whole = row.type.removeprefix("tuple[").startswith("int") and "float" not in row.type
+    if whole:
         if value != int(value):
             raise RecipeError(f"{label} must be a whole number, got {value!r}.")
         value = int(value)
@@ -231,7 +232,7 @@ def _number(label: str, row: Parameter, value: Any) -> float | int:
         low = "-∞" if row.minimum is None else f"{row.minimum:g}"
         high = "∞" if row.maximum is None else f"{row.maximum:g}"
         raise RecipeError(f"{label} must be between {low} and {high}, got {value!r}.")
-    return value if row.type.startswith("int") else float(value)
+    return value if whole else float(value)
 
 
 Function = Callable[..., Any]

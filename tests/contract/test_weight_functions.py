@@ -7,20 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weft.contract import functions, run_battery
+from weft.contract import adapters, functions, run_battery
 from weft.function import FunctionMethod, WeightFunction
 from weft.function.protocol import Inner
 from weft.method import parameter
 from weft.registry import methods
 
 NUMBER_OF_CHECKS = 31
+NUMBER_OF_ADAPTER_CHECKS = 9  # beside these
 ROWS = sorted(name for name, row in methods().items() if isinstance(row, FunctionMethod))
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_contract(name: str) -> None:
     results = run_battery(methods()[name])
-    assert len(results) == NUMBER_OF_CHECKS
+    assert len(results) == NUMBER_OF_CHECKS + NUMBER_OF_ADAPTER_CHECKS * methods()[name].adapter
     assert [r for r in results if r["outcome"] == "failed"] == []
     assert len([r for r in results if r["outcome"] == "expected"]) <= 2
 
@@ -30,7 +31,7 @@ def test_there_are_rows() -> None:
 
 
 def test_exceptions_are_of_checks_and_rows_that_there_are() -> None:
-    assert functions.EXPECTED.keys() <= functions.CHECKS.keys()
+    assert functions.EXPECTED.keys() <= functions.CHECKS.keys() | adapters.CHECKS.keys()
     assert {row for rows in functions.EXPECTED.values() for row in rows} <= set(ROWS)
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from weft.function.attach import Attached, parametrize_
+from weft.function.classes import Carrier
 from weft.function.protocol import FunctionMethod, Inner, WeightFunction
 from weft.function.stack import Stack
 
@@ -130,10 +131,33 @@ def attach(method: FunctionMethod, model: nn.Module, *, moved: bool = True, seed
     """Attach a row's function to all weights of a model; ``moved``: as some steps on."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        report = parametrize_(model, configuration(method))
+        report = parametrize_(model, configuration(method), data=batches(model))
     if moved:
         shake(model)
     return report
+
+
+def batches(model: nn.Module) -> list[Tensor]:
+    """Two batches of inputs for one of the models here, for functions that start from data."""
+    first = next(m for m in model.modules() if m._parameters or isinstance(m, Carrier))
+    kinds: dict[type, tuple[int, ...]] = {
+        nn.Conv1d: (5,),
+        nn.Conv2d: (5, 5),
+        nn.Conv3d: (3, 3, 3),
+        nn.ConvTranspose2d: (4, 4),
+    }
+    generator = torch.Generator().manual_seed(11)
+    value = next(model.parameters())
+    made = []
+    for _ in range(2):
+        if isinstance(first, nn.Embedding):
+            made.append(torch.randint(0, first.num_embeddings, (32,), generator=generator))
+            continue
+        features = next((getattr(first, n) for n in ("in_features", "in_channels") if hasattr(first, n)), 8)
+        space = next((s for kind, s in kinds.items() if isinstance(first, kind)), ())
+        draws = torch.randn(32, features, *space, generator=generator, dtype=torch.float64)
+        made.append(draws.to(value.device, value.dtype))
+    return made
 
 
 def stack_of(layer: Any, name: str = "weight") -> Stack:

@@ -46,7 +46,7 @@ def train(method: FunctionMethod, how: str = "", rank: int = 0, size: int = 1) -
     attach(method, net)
     model: nn.Module = net
     if how == "ddp":
-        model = nn.parallel.DistributedDataParallel(net)
+        model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
     elif how:
         _shard(net, how)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)

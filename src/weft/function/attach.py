@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,7 @@ def parametrize_(
     *,
     name: str = "weight",
     ignore: Selector = (),
+    data: Iterable[Any] | None = None,
 ) -> Attached:
     """Let functions compute weights of a model, in place; on a computed weight they go on top.
 
@@ -78,6 +79,8 @@ def parametrize_(
         name: the tensor in each layer: "weight", or for example "gate_up_proj" of fused experts. Tensors of floats
             with at least two axes are taken; :mod:`weft.function.layout` says how a function sees them.
         ignore: layers to leave alone.
+        data: batches as the model takes them, for functions that start from data: a tensor, a tuple of positional or a
+            mapping of named arguments each. They are run through the model in evaluation.
 
     Returns:
         What was touched and what was not. Layers that share a tensor share its function.
@@ -98,13 +101,15 @@ def parametrize_(
     model = unwrapped(model)  # what torch.compile has wrapped compiles again when it changes
     cases = {s: _checked(c) for s, c in (config if isinstance(config, Mapping) else {"*": config}).items()}
     places = list(_places(model))
-    layers = [p for p in places if p.name == name and _is_weight(p)]
+    vectors = any(getattr(c, "takes_vectors", False) for c in cases.values())
+    layers = [p for p in places if p.name == name and _is_weight(p, vectors)]
     report, chosen = Attached(), {}
     heads = output_heads(model)
     for place in layers:
         path = _path(place)
         case = most_specific(cases, path, place.module, heads) if matches(where, path, place.module, heads) else None
-        if case is None:
+        vector = not _is_weight(place) and not getattr(cases.get(case), "takes_vectors", False)
+        if case is None or vector:
             report.untouched.append(place.full)
         elif cases[case] is None or matches(ignore, path, place.module, heads):
             report.ignored.append(place.full)
@@ -119,7 +124,7 @@ def parametrize_(
             f"No layer with a tensor {name!r} was chosen by {asked!r}: {len(layers)} layers have one, "
             f"{len(report.ignored)} of these are ignored.{hint}"
         )
-    _attach(model, places, chosen, report)
+    _attach(model, places, chosen, report, data)
     return report
 
 
@@ -183,13 +188,14 @@ def bake_(model: nn.Module, where: Selector = "*", *, ignore: Selector = ()) -> 
     return sorted(names, key=order.__getitem__)
 
 
-def _attach(model: nn.Module, places: list[_Place], chosen: dict[str, Any], report: Attached) -> None:
+def _attach(
+    model: nn.Module, places: list[_Place], chosen: dict[str, Any], report: Attached, data: Iterable[Any] | None
+) -> None:
     groups: dict[int, list[_Place]] = {}
     for place in places:
         groups.setdefault(id(place.held), []).append(place)
-    built: list[tuple[list[_Place], Any, WeightFunction, Layout]] = []
-    tried: set[Any] = set()
-    for tied in groups.values():  # build everything before anything is changed
+    wanted: list[tuple[list[_Place], _Place, Layout]] = []
+    for tied in groups.values():
         first = next((p for p in tied if p.full in chosen), None)
         if first is None:
             continue
@@ -202,11 +208,23 @@ def _attach(model: nn.Module, places: list[_Place], chosen: dict[str, Any], repo
                 )
         if isinstance(first.held, nn.parameter.UninitializedTensorMixin):
             raise RecipeError(f"{first.full} has no shape yet; run the model once before attaching functions.")
-        layout = _layout(first)
-        function = _built(first, config, layout, tried)
-        built.append((tied, config, function, layout))
+        if isinstance(first.held, Stack) and first.held.merged is not None:
+            raise RecipeError(f"{first.full} has merged adapters; call weft.adapt.unmerge_(model) first.")
+        wanted.append((tied, first, _layout(first)))
+    builders = _planned(model, [(f, layout, chosen[f.full]) for _, f, layout in wanted], data)
+    built: list[tuple[list[_Place], Any, WeightFunction, Layout]] = []
+    tried: set[Any] = set()
+    for tied, first, layout in wanted:  # build everything before anything is changed
+        builder = builders.get(first.full)
+        if builder is None:
+            report.untouched += [p.full for p in tied]
+        else:
+            built.append((tied, chosen[first.full], _built(first, builder, layout, tried), layout))
+    if not built:
+        raise RecipeError("No chosen weight gets a function: the configuration's plan left all of them out.")
     for tied, config, function, layout in built:
         stack = _put(tied[0].held, function, layout)
+        stack.training = function.training
         for place in tied:
             if not isinstance(place.held, Stack) and place.name in (*place.module._parameters, *place.module._buffers):
                 put_on(place.module, place.name, stack)
@@ -217,6 +235,24 @@ def _attach(model: nn.Module, places: list[_Place], chosen: dict[str, Any], repo
     if any(function.has_update for _, _, function, _ in built):
         update_before_forward(model)
     bake_on_save()
+
+
+def _planned(
+    model: nn.Module, wanted: list[tuple[_Place, Layout, Any]], data: Iterable[Any] | None
+) -> dict[str, FunctionConfig]:
+    """What builds the function of each weight, by full name."""
+    builders: dict[str, FunctionConfig] = {}
+    together: dict[Any, dict[str, Tensor]] = {}
+    for place, layout, config in wanted:
+        if hasattr(config, "plan"):
+            with torch.no_grad():
+                weight = place.held.weight() if isinstance(place.held, Stack) else layout.seen(place.held.detach())
+            together.setdefault(config, {})[place.full] = weight
+        else:
+            builders[place.full] = config
+    for config, weights in together.items():
+        builders.update(config.plan(model, weights, data))
+    return builders
 
 
 def _built(place: _Place, config: Any, layout: Layout, tried: set[Any]) -> WeightFunction:
@@ -297,11 +333,13 @@ def _layout(place: _Place) -> Layout:
     return layout_of(place.module, place.name, place.held)
 
 
-def _is_weight(place: _Place) -> bool:
+def _is_weight(place: _Place, vectors: bool = False) -> bool:
     held = place.held
-    if isinstance(held, Stack | nn.parameter.UninitializedTensorMixin):
+    if isinstance(held, Stack):
+        held = held.original
+    if isinstance(held, nn.parameter.UninitializedTensorMixin):
         return True
-    return bool(held.dim() >= 2 and held.is_floating_point())
+    return bool(held.dim() >= (1 if vectors else 2) and held.is_floating_point())
 
 
 def _checked(config: Any) -> Any:

@@ -8,11 +8,12 @@ each (base class, names), it pickles by naming these two, and equal layers compi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from weft.errors import RecipeError
@@ -59,6 +60,8 @@ def _carrier(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     }
     if "weight" in names and _is_plain_linear(base):
         space["forward"] = _linear_forward(base)
+    elif "weight" in names and issubclass(base, nn.Embedding) and base.forward is nn.Embedding.forward:
+        space["forward"] = _embedding_forward(base)
     elif not issubclass(base, nn.modules.conv._ConvNd | nn.Embedding):
         space["forward"] = _holding_forward(base)
     # the properties live in a parent of the class that modules get: torch's remove_parametrizations deletes from the
@@ -180,6 +183,20 @@ def _linear_forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
         y = stack.multiply(x)
         bias = self.bias
         return y if bias is None else y + bias.to(y.dtype)  # autocast leaves sums alone
+
+    return forward
+
+
+def _embedding_forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
+    def forward(self: Any, tokens: Tensor) -> Tensor:
+        """tokens (…) -> (…, columns), without building the table where a function can do without."""
+        stack: Stack = self._modules["parametrizations"]._modules["weight"]
+        if not stack.has_lookup or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
+            return base.forward(self, tokens)
+        rows = stack.lookup(partial(functional.embedding, tokens, padding_idx=self.padding_idx))
+        if self.padding_idx is None:
+            return rows
+        return torch.where((tokens == self.padding_idx).unsqueeze(-1), rows.detach(), rows)  # no gradient from padding
 
     return forward
 

@@ -1,17 +1,19 @@
 """What a weight function is.
 
 A weight function computes a weight W from a stored tensor and parameters of its own. It is an ``nn.Module`` whose
-``forward(stored)`` returns W, and it may offer three things more:
+``forward(stored)`` returns W, and it may offer four things more:
 
 - ``right_inverse(weight)``: the stored tensor from which ``forward`` gives ``weight`` back, where there is one;
 - ``product(x, inner)``: x multiplied by W, when that is cheaper than building it; ``inner(x)`` multiplies by what lies
   beneath, so that fast paths chain;
+- ``lookup(gather, inner)``: rows of W, for embeddings, when that is cheaper than building it; ``gather`` takes rows of
+  a table, and ``inner(gather)`` those of what lies beneath;
 - ``update(stored)``: a change of buffers, called once before each forward pass in training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from weft.method import Method
 
 Inner = Callable[[Tensor], Tensor]
+Gather = Callable[[Tensor], Tensor]  # (rows, columns) -> (…, columns): the rows that an embedding's input names
+Looked = Callable[[Gather], Tensor]
 
 
 class WeightFunction(nn.Module):
@@ -33,8 +37,10 @@ class WeightFunction(nn.Module):
     """
 
     has_product = False
+    has_lookup = False
     has_update = False
     freezes = False  # the stored tensor does not train (adapters)
+    enabled = True  # adapters can be switched off, and return the stored tensor then
 
     def forward(self, stored: Tensor) -> Tensor:
         """The weight. Runs in every forward pass, so it must compile: no branches on values, no ``.item()``."""
@@ -48,16 +54,35 @@ class WeightFunction(nn.Module):
         """x (…, in) times Wᵀ, as (…, out); ``inner`` multiplies by the stored matrix. Set ``has_product``."""
         raise NotImplementedError
 
+    def lookup(self, gather: Gather, inner: Looked) -> Tensor:
+        """Rows of the weight, (…, columns); ``inner(gather)`` are those of the stored one. Set ``has_lookup``."""
+        raise NotImplementedError
+
     def update(self, stored: Tensor) -> None:
         """Change buffers, once before a forward pass in training, without gradients. Set ``has_update``."""
         raise NotImplementedError
 
 
 class FunctionConfig(Protocol):
-    """A configuration that knows how to build its function for one weight."""
+    """A configuration that knows how to build its function for one weight.
+
+    One whose functions depend on each other or on data has a method
+    ``plan(model, weights, data) -> mapping`` beside it: from all the weights that it was chosen for, by full name and as
+    functions see them, to what builds each of them; weights that are left out get no function. One whose function takes
+    vectors, too, says ``takes_vectors = True``.
+    """
 
     def build(self, weight: Tensor, *, batched: bool) -> WeightFunction:
         """The function for a weight of this shape, dtype and device; ``batched`` for a stack of matrices."""
+
+
+class PlannedConfig(FunctionConfig, Protocol):
+    """A configuration whose functions depend on each other or on data."""
+
+    def plan(
+        self, model: nn.Module, weights: Mapping[str, Tensor], data: Iterable[Any] | None
+    ) -> Mapping[str, FunctionConfig]:
+        """What builds the function of each weight; ``data`` are batches as the model takes them."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +93,13 @@ class FunctionMethod(Method):
         starts_at: what W is right after attaching: "weight" (unchanged) or "transformed" (f of the old weight).
         approximate: why the gradient is not the exact one; empty if it is.
         trial: parameters for the small layers of the contract battery, where the defaults do not fit 8 × 16 matrices.
+        adapter: whether its functions are adapters, which pass a second part of the battery.
     """
 
     starts_at: str = "weight"
     approximate: str = ""
     trial: Mapping[str, Any] = field(default_factory=dict)
+    adapter: bool = False
 
 
 def as_matrix(weight: Tensor) -> Tensor:

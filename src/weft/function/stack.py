@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from weft.errors import RecipeError
 from weft.function.layout import Layout
-from weft.function.protocol import Inner, WeightFunction
+from weft.function.protocol import Gather, Inner, Looked, WeightFunction
 
 
 class Stack(nn.ModuleList):
@@ -27,10 +27,13 @@ class Stack(nn.ModuleList):
         layout: how functions see it.
         trained: whether the tensor trained before a function was attached.
         has_product: whether some function multiplies without building its weight.
+        has_lookup: whether some function takes rows without building its weight.
         has_update: whether some function changes buffers before a forward pass.
+        merged: the weight as the layer stores it, kept while functions are merged for faster evaluation; else None.
     """
 
     original: Tensor
+    merged: Tensor | None
 
     def __init__(self, stored: Tensor, layout: Layout):
         super().__init__()
@@ -40,7 +43,14 @@ class Stack(nn.ModuleList):
             self.register_buffer("original", stored)
         self.layout = layout
         self.trained: bool = stored.requires_grad
-        self.has_product = self.has_update = False
+        self.register_buffer("merged", None, persistent=False)
+        self.note()
+
+    def note(self) -> None:
+        """Look again what the functions offer, after one came, went, or was switched."""
+        self.has_product = any(f.has_product and f.enabled for f in self)
+        self.has_lookup = any(f.has_lookup and f.enabled for f in self)
+        self.has_update = any(f.has_update for f in self)
 
     def __iter__(self) -> Iterator[WeightFunction]:
         return iter(self._modules.values())
@@ -53,13 +63,39 @@ class Stack(nn.ModuleList):
                 "WeightFunction with weft.parametrize_, or call weft.bake_ first."
             )
         super().append(function)
-        self.has_product |= function.has_product
-        self.has_update |= function.has_update
+        self.note()
         return self
+
+    def discard(self, function: WeightFunction) -> None:
+        """Take a function out; those above it move down."""
+        kept = [f for f in self if f is not function]
+        self._modules.clear()
+        self._modules.update({str(i): f for i, f in enumerate(kept)})
+        self.note()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Keep the weight of evaluation, and use it until :meth:`unmerge`; the stored tensor is not touched."""
+        self.merged = None
+        self.merged = self.value().detach().clone()
+
+    def unmerge(self) -> None:
+        """Compute the weight again, exactly as before merging."""
+        self.merged = None
 
     def forward(self) -> Tensor:
         """The weight as the layer stores it."""
+        if self.merged is not None:
+            return self._while_merged(self.merged)
         return self.layout.stored(self.weight())
+
+    def _while_merged(self, merged: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise RecipeError(
+                "Adapters of this model are merged, so a training step would not reach them. Call "
+                "weft.adapt.unmerge_(model) before training, or model.eval()."
+            )
+        return merged
 
     def weight(self, count: int | None = None) -> Tensor:
         """The weight as functions see it, or what the first ``count`` functions make.
@@ -86,7 +122,15 @@ class Stack(nn.ModuleList):
 
     def multiply(self, x: Tensor) -> Tensor:
         """x (…, in) -> (…, out), building no matrix where none is needed."""
+        if self.merged is not None:
+            return functional.linear(x, self.layout.seen(self._while_merged(self.merged)))
         return self._inner(len(self))(x)
+
+    def lookup(self, gather: Gather) -> Tensor:
+        """Rows of the weight, building no table where none is needed."""
+        if self.merged is not None:
+            return gather(self._while_merged(self.merged))
+        return self._looked(len(self))(gather)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -121,6 +165,19 @@ class Stack(nn.ModuleList):
         if function.has_product:
             return partial(function.product, inner=self._inner(count - 1))
         return partial(functional.linear, weight=self.weight(count))
+
+    def _looked(self, count: int) -> Looked:
+        """What takes rows of the weight that the first ``count`` functions make."""
+        if count == 0:
+            return partial(_take, table=self.layout.seen(self.original))
+        function = list(self)[count - 1]
+        if function.has_lookup:
+            return partial(function.lookup, inner=self._looked(count - 1))
+        return partial(_take, table=self.weight(count))
+
+
+def _take(gather: Gather, table: Tensor) -> Tensor:
+    return gather(table)
 
 
 def _with_whole_parameters(function: WeightFunction, stored: Tensor) -> Tensor:

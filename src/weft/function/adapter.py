@@ -1,0 +1,70 @@
+"""A change of a frozen weight that can be switched off, scaled and taken away: what LoRA and its relatives are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weft.function.protocol import Gather, Inner, Looked, WeightFunction
+
+
+class Adapter(WeightFunction):
+    """Base of adapters: W = W₀ + strength · scale · change(W₀). Subclasses define ``change``, and ``to_lora`` if exact.
+
+    Subclasses with ``has_product`` define ``changed(x)``, x times the change; those with ``has_lookup`` define
+    ``change_rows``.
+
+    Attributes:
+        adapter: the name it was added under.
+        enabled: whether it changes anything now; neither this nor the strength is part of a state dict.
+        strength: what a user scales it by; 1 is as trained.
+        scale: what the method scales its change by, such as LoRA's alpha / rank.
+    """
+
+    freezes = True
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.adapter = "default"
+        self.enabled = True
+        self.strength = 1.0
+        self.scale = scale
+
+    def change(self, stored: Tensor) -> Tensor:
+        """What is added to the stored weight, in its shape, in at least float32; without scale and strength."""
+        raise NotImplementedError
+
+    def changed(self, x: Tensor) -> Tensor:
+        """x (…, in) times the change, (…, out); without scale and strength. Set ``has_product``."""
+        raise NotImplementedError
+
+    def change_rows(self, gather: Gather) -> Tensor:
+        """Rows of the change, (…, columns), where ``gather`` takes rows of a table. Set ``has_lookup``."""
+        raise NotImplementedError
+
+    def to_lora(self) -> tuple[Tensor, Tensor] | None:
+        """A (rank, in) and B (out, rank) whose product is the change, scale included; None if there are none.
+
+        Only changes that do not depend on the stored weight have them.
+        """
+        return None
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """See the base."""
+        if not self.enabled:
+            return stored
+        return torch.add(stored, self.change(stored), alpha=self.scale * self.strength).to(stored.dtype)
+
+    def product(self, x: Tensor, inner: Inner) -> Tensor:
+        """See the base."""
+        y = inner(x)
+        if not self.enabled:
+            return y
+        return torch.add(y, self.changed(x), alpha=self.scale * self.strength).to(y.dtype)
+
+    def lookup(self, gather: Gather, inner: Looked) -> Tensor:
+        """See the base."""
+        y = inner(gather)
+        if not self.enabled:
+            return y
+        return torch.add(y, self.change_rows(gather), alpha=self.scale * self.strength).to(y.dtype)
