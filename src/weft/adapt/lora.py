@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from weft.errors import RecipeError
 from weft.function.adapter import Adapter
-from weft.function.protocol import FunctionMethod, Gather, WeightFunction, as_matrix, wide
+from weft.function.protocol import FunctionMethod, Gather, Inner, WeightFunction, as_matrix, wide
 from weft.method import parameter
 
 
@@ -121,14 +121,27 @@ class _LoRA(Adapter):
             change = change - self.B_start @ self.A_start
         return change.reshape(stored.shape)
 
+    def product(self, x: Tensor, inner: Inner) -> Tensor:
+        if self.has_start or not self.enabled or x.dim() < 2:
+            return super().product(x, inner)
+        y, thin = inner(x), self._thin(x)
+        if y.dtype != thin.dtype:
+            return torch.add(y, functional.linear(thin, self.B), alpha=self.scale * self.strength).to(y.dtype)
+        # product, scale and sum in one pass over y, and no second y for the backward pass
+        rows = torch.addmm(y.flatten(0, -2), thin.flatten(0, -2), self.B.mT, alpha=self.scale * self.strength)
+        return rows.view(y.shape)
+
     def changed(self, x: Tensor) -> Tensor:
+        y = functional.linear(self._thin(x), self.B)
+        if self.has_start:
+            y = y - functional.linear(functional.linear(x.to(self.A.dtype), self.A_start), self.B_start)
+        return y
+
+    def _thin(self, x: Tensor) -> Tensor:
         x = x.to(self.A.dtype)
         if self.dropout:
             x = functional.dropout(x, self.dropout, self.training)
-        y = functional.linear(functional.linear(x, self.A), self.B)
-        if self.has_start:
-            y = y - functional.linear(functional.linear(x, self.A_start), self.B_start)
-        return y
+        return functional.linear(x, self.A)
 
     def change_rows(self, gather: Gather) -> Tensor:
         rows = gather(self.B) @ self.A
