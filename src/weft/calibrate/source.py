@@ -1,0 +1,278 @@
+"""Where the walker's blocks get their weights: from a model in memory, or block by block from a checkpoint.
+
+A model of transformers is built on the meta device; parts of it get real weights when asked and give them up again. In
+memory its names are not those on disk (experts are fused, prefixes differ), so weights are loaded and saved through
+transformers' own conversions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.open import open_checkpoint
+from weft.errors import CheckpointError, MissingDependencyError, RecipeError, did_you_mean
+
+
+class InMemory:
+    """A model that is all there; parts are neither loaded nor dropped.
+
+    Attributes:
+        model: the model, in evaluation.
+        stacks: for each list of blocks, in the order in which they run, the blocks' full names.
+        identity: changes when the weights come from elsewhere; decides whether a walk may resume.
+    """
+
+    def __init__(self, model: nn.Module, blocks: str | Sequence[str] = ()):
+        self.model = model
+        self.stacks = find_blocks(model, blocks)
+        self.identity = ""
+
+    def load(self, names: Iterable[str]) -> None:
+        """Give the named modules their weights."""
+
+    def load_rest(self) -> None:
+        """Give everything outside of blocks its weights."""
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Take the weights of the named modules away again."""
+
+    def drop_rest(self) -> None:
+        """Take the weights of everything outside of blocks away again."""
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The present weights of a module under the names of a checkpoint."""
+        module = self.model.get_submodule(name)
+        return {f"{name}.{n}": t.detach() for n, t in module.state_dict().items()}
+
+
+class FromCheckpoint(InMemory):
+    """A transformers model whose parts are read from a checkpoint when they are needed.
+
+    Args:
+        checkpoint: an open checkpoint with a ``config.json``.
+        model_class: the class to build; that of the configuration's ``architectures`` if None.
+        blocks: paths of the lists of blocks; found if empty.
+
+    Raises:
+        CheckpointError: there is no configuration, or transformers does not know the architecture.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model_class: Any = None, blocks: str | Sequence[str] = ()):
+        self.checkpoint = checkpoint
+        super().__init__(_on_meta(checkpoint, model_class), blocks)
+        self.identity = checkpoint.fingerprint
+        self._in_blocks = tuple(f"{n}." for names in self.stacks for n in names)
+        self._mapping = _conversions(self.model)
+        self._keys = self._sorted_keys()
+
+    def load(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._load(f"{name}.", [k for k, target in self._keys.items() if target.startswith(f"{name}.")])
+
+    def load_rest(self) -> None:
+        self._load("", [k for k, target in self._keys.items() if not target.startswith(self._in_blocks)])
+        self.model.tie_weights()
+
+    def drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            for module in self.model.get_submodule(name).modules():
+                _to_meta(module)
+
+    def drop_rest(self) -> None:
+        for path, module in self.model.named_modules():
+            if not f"{path}.".startswith(self._in_blocks):
+                _to_meta(module)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        state = super().stored(name)
+        with _quiet():
+            reverted: dict[str, Tensor] = revert_weight_conversion(self.model, state)
+        base = f"{self.model.base_model_prefix}."
+        names = {}
+        for key, tensor in reverted.items():  # as the file has it, with or without the base model's prefix
+            known = next((k for k in (key, key.removeprefix(base), base + key) if k in self.checkpoint), None)
+            if known is None:
+                raise CheckpointError(
+                    f"{self.checkpoint.name}: {key} would be written, and no tensor of that name was read. The conversion "
+                    f"of {type(self.model).__name__} is not known well enough to write it."
+                )
+            names[known] = tensor
+        return names
+
+    def _sorted_keys(self) -> dict[str, str]:
+        """The name in memory for each tensor on disk; those that the model has no place for are left out."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
+        state = self.model.state_dict()
+        found = {}
+        for key in self.checkpoint:
+            renamed, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
+            if renamed not in state:
+                renamed, _ = rename_source_key(key, [], [], self.model.base_model_prefix, state)
+            if renamed in state:
+                found[key] = renamed
+        missing = _missing(self.model, set(found.values()))
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint.name}: no tensor for {missing[0]} and {len(missing) - 1} others of "
+                f"{type(self.model).__name__}.{did_you_mean(missing[0], list(self.checkpoint)[:500])} The file is "
+                "incomplete, or of another architecture than its config.json says."
+            )
+        return found
+
+    def _load(self, prefix: str, keys: Sequence[str]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        self._rebuild_buffers(prefix)
+        state = {k: self.checkpoint[k].torch() for k in keys}
+        plan = self.model._get_dtype_plan(self.model.dtype) if hasattr(self.model, "_get_dtype_plan") else {}
+        options = LoadStateDictConfig(weight_mapping=self._mapping, dtype=self.model.dtype, dtype_plan=plan)
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, options)
+        problems = [*info.error_msgs, *info.conversion_errors.values(), *map(str, info.mismatched_keys)]
+        if problems:
+            raise CheckpointError(
+                f"{self.checkpoint.name}: the weights of {prefix or 'the model'} do not fit: {problems[0]}"
+            )
+
+    def _rebuild_buffers(self, prefix: str) -> None:
+        """Buffers that no file holds (rotary frequencies, embedding scales): as a new model makes them."""
+        for path, module in self.model.named_modules():
+            inside = f"{path}.".startswith(prefix) if prefix else not f"{path}.".startswith(self._in_blocks)
+            names = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
+            if inside and names:
+                for name in names:
+                    module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+                self.model._init_weights(module)
+
+
+def open_source(
+    model: nn.Module | Checkpoint | str | Path, blocks: str | Sequence[str] = (), model_class: Any = None
+) -> InMemory:
+    """A source for what a user names: a model in memory, or a checkpoint of transformers.
+
+    >>> open_source(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)])), "0").stacks
+    [['0.0']]
+    """
+    if isinstance(model, nn.Module):
+        return InMemory(model.eval(), blocks)
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    return FromCheckpoint(checkpoint, model_class, blocks)
+
+
+def find_blocks(model: nn.Module, blocks: str | Sequence[str] = ()) -> list[list[str]]:
+    """The lists of blocks of a model.
+
+    Args:
+        model: any module.
+        blocks: paths of lists (``nn.ModuleList``, ``nn.Sequential``) in the order in which they run; if empty, the lists
+            whose items transformers can checkpoint.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    paths = [blocks] if isinstance(blocks, str) and blocks else list(blocks)
+    lists = {p: m for p, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)}
+    if not paths:
+        paths = [p for p, m in lists.items() if all(_is_block(b) for b in m)]
+    for path in paths:
+        if path not in lists:
+            raise RecipeError(f"The model has no list of blocks {path!r}.{did_you_mean(path, lists)}")
+    if not paths:
+        raise RecipeError(
+            f"{type(model).__name__} has no list of blocks that transformers would checkpoint; name it: "
+            f'blocks="path.of.list".{did_you_mean("layers", lists)}'
+        )
+    return [[f"{path}.{name}" if path else name for name, _ in lists[path].named_children()] for path in paths]
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+
+
+def _on_meta(checkpoint: Checkpoint, model_class: Any) -> Any:
+    if not checkpoint.config or checkpoint.folder is None:
+        raise CheckpointError(
+            f"{checkpoint.name}: has no config.json, so its architecture is not known. Give the model's folder, or a model "
+            "in memory."
+        )
+    try:
+        import transformers
+    except ImportError:
+        raise MissingDependencyError(
+            "Building a model from its config.json needs transformers: pip install 'weft[hf]'."
+        ) from None
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    if model_class is None:
+        names = config.architectures or ()
+        model_class = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+        if model_class is None:
+            model_class = transformers.AutoModel._model_mapping.get(type(config), None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{checkpoint.name}: transformers {transformers.__version__} has no model for {list(config.architectures or ())}."
+        )
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
+        part._experts_implementation = "eager"
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    with torch.device("meta"), _quiet():
+        model = model_class._from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def _conversions(model: nn.Module) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
+
+
+def _missing(model: nn.Module, found: set[str]) -> list[str]:
+    """Parameters that no file gives, tied ones apart."""
+    tied: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        tied.setdefault(id(value), []).append(name)
+    keys: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    linked = set(keys) | set(keys.values())
+    return [
+        names[0]
+        for names in tied.values()
+        if not any(n in found for n in names)
+        and not (linked & set(names) and any(keys.get(n, n) in found for n in names))
+    ]
+
+
+def _to_meta(module: nn.Module) -> None:
+    for name, value in module._parameters.items():
+        if value is not None:
+            module._parameters[name] = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            module._buffers[name] = torch.empty_like(buffer, device="meta")
+    module.__dict__.pop("_is_hf_initialized", None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers draws a progress bar for each block that is loaded."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
