@@ -14,7 +14,7 @@ from weft.method import parameter
 from weft.registry import methods
 
 NUMBER_OF_CHECKS = 31
-NUMBER_OF_ADAPTER_CHECKS = 9  # beside these
+NUMBER_OF_ADAPTER_CHECKS = 10  # beside these
 ROWS = sorted(name for name, row in methods().items() if isinstance(row, FunctionMethod))
 
 

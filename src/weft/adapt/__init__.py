@@ -1,10 +1,11 @@
 """Fine-tune a model by small functions of its frozen weights.
 
 ``weft.adapt_`` (:mod:`weft.adapt.attach`) attaches an adapter, :mod:`weft.adapt.switch` has the verbs for several of
-them; start at :mod:`weft.adapt.lora` to see what one is.
+them, :mod:`weft.adapt.folder` those for disk; start at :mod:`weft.adapt.lora` to see what one is.
 """
 
 from weft.adapt.attach import Adapted, adapt_
+from weft.adapt.folder import LoadedAdapter, SavedAdapter, load_adapter_, save_adapter
 from weft.adapt.lora import LoRA
 from weft.adapt.switch import (
     AdapterState,
@@ -23,12 +24,16 @@ __all__ = [
     "Adapted",
     "AdapterState",
     "LoRA",
+    "LoadedAdapter",
+    "SavedAdapter",
     "TokenRows",
     "Whole",
     "adapt_",
     "adapters",
+    "load_adapter_",
     "merge_",
     "remove_",
+    "save_adapter",
     "switch_",
     "switched",
     "train_only_",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import nn
 from weft.adapt.switch import adapters
 from weft.adapt.token_rows import TokenRows
 from weft.adapt.whole import Whole
-from weft.errors import RecipeError
+from weft.errors import RecipeError, WeftError
 from weft.function.adapter import Adapter
 from weft.function.attach import Attached, functions, parametrize_
 from weft.function.classes import unwrapped
 from weft.function.protocol import FunctionConfig
 from weft.function.where import ALL_LINEAR, Selector, matches
+
+Part = tuple[Any, Selector, str, Selector]  # configuration, where, tensor, ignore
 
 
 @dataclass
@@ -78,22 +80,40 @@ def adapt_(
     >>> print(weft.adapt_(model, weft.adapt.LoRA(rank=2), where="0", modules_to_save="2"))
     trainable params: 132 || all params: 472 || trainable%: 27.9661
     """
+    check_name(model, name)
+
+    def parts() -> Iterator[Part]:
+        yield config, where, tensor, ignore
+        for part, paths in _parts(unwrapped(model), modules_to_save).items():
+            yield Whole(), paths, part, ()
+        if token_rows:
+            yield TokenRows(rows=tuple(token_rows)), [_input_embedding(unwrapped(model))], "weight", ()
+
+    return attach_parts(model, parts(), name, data)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise ``RecipeError`` unless a new adapter can have this name."""
     if not name or not isinstance(name, str) or name in adapters(model):
         raise RecipeError(
             f"The model has an adapter {name!r} already; choose another name, or weft.adapt.remove_ it."
             if name
             else "An adapter needs a name."
         )
+
+
+def attach_parts(model: nn.Module, parts: Iterable[Part], name: str, data: Iterable[Any] | None = None) -> Adapted:
+    """Attach (configuration, where, tensor, ignore) one after the other as one adapter, and freeze the rest.
+
+    Raises:
+        RecipeError: as :func:`adapt_`; the model is then as before.
+    """
     bare = unwrapped(model)
     before = {n: len(fs) for n, fs in functions(bare).items()}
     report = Adapted(name=name)
     try:
-        _add(report, parametrize_(model, config, where, name=tensor, ignore=ignore, data=data))
-        for part, paths in _parts(bare, modules_to_save).items():
-            _add(report, parametrize_(model, Whole(), where=paths, name=part))
-        if token_rows:
-            path = _input_embedding(bare)
-            _add(report, parametrize_(model, TokenRows(rows=tuple(token_rows)), where=[path]))
+        for config, where, tensor, ignore in parts:
+            _add(report, parametrize_(model, config, where, name=tensor, ignore=ignore, data=data))
         added = {n: fs[before.get(n, 0) :] for n, fs in functions(bare).items()}
         other = next((f for fs in added.values() for f in fs if not isinstance(f, Adapter)), None)
         if other is not None:
@@ -101,20 +121,21 @@ def adapt_(
                 f"{type(other).__name__.strip('_')} is not an adapter: its weight trains itself. Attach it with "
                 "weft.parametrize_."
             )
-    except RecipeError:
+    except WeftError:
         _take_back(bare, before)
         raise
     kept = {id(p) for fs in functions(bare).values() for f in fs for p in f.parameters()}
     for parameter in bare.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
-    for path in report.touched:
+    for path, chosen in report.touched.items():
         owner, _, leaf = path.rpartition(".")
         stack = bare.get_submodule(owner).parametrizations[leaf]
         stack.trained = False  # frozen it was, so frozen it is when the adapter goes
-    for fs in added.values():
-        for function in fs:
+        for function in added.get(path, ()):
             function.adapter = name
+            if function.config is None:
+                function.config = chosen
     report.trainable = sum(p.numel() for p in bare.parameters() if p.requires_grad)
     report.total = sum(p.numel() for p in bare.parameters())
     return report

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.errors import RecipeError
-from weft.function.adapter import Adapter
+from weft.function.adapter import Adapter, PeftForm
 from weft.function.protocol import FunctionMethod, Gather, Inner, WeightFunction, as_matrix, wide
 from weft.method import parameter
 
@@ -87,6 +87,7 @@ class _LoRA(Adapter):
 
     def __init__(self, config: LoRA, matrix: Tensor):
         super().__init__(config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank))
+        self.config = config
         self.dropout = config.dropout
         *stack, out, inputs = matrix.shape
         # small steps of bfloat16 factors would be rounded away
@@ -154,6 +155,18 @@ class _LoRA(Adapter):
             A = torch.cat([self.A, self.A_start], dim=-2)
             return A, self.scale * torch.cat([self.B, -self.B_start], dim=-1)
         return self.A, self.scale * self.B
+
+    def peft(self) -> PeftForm | None:
+        if self.has_start or self.A.dim() != 2:
+            return None
+        config = self.config
+        said = {
+            "r": config.rank,
+            "lora_alpha": config.alpha,
+            "use_rslora": config.rslora,
+            "lora_dropout": config.dropout,
+        }
+        return PeftForm("LORA", said, {"lora_A.weight": self.A, "lora_B.weight": self.B})
 
 
 METHODS = (

@@ -133,7 +133,9 @@ def from_safetensors(
 
 def _open_folder(folder: Path) -> Checkpoint:
     name = folder.resolve().name
-    if (folder / "adapter_config.json").is_file() and not _has_model(folder):
+    if (folder / "weft_adapter.json").is_file() or (
+        (folder / "adapter_config.json").is_file() and not _has_model(folder)
+    ):
         from weft.checkpoint.lora_folder import open_adapter
 
         return open_adapter(folder)

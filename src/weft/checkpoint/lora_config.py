@@ -62,9 +62,13 @@ class LoraConfig:
         """The rank that the configuration promises for a module."""
         return int(_by_pattern(self.rank_pattern, module, self.rank))
 
+    def alpha_of(self, module: str) -> float:
+        """The numerator of a module's scale."""
+        return _by_pattern(self.alpha_pattern, module, self.alpha)
+
     def scale_of(self, module: str) -> float:
         """What B A is multiplied by."""
-        alpha, rank = _by_pattern(self.alpha_pattern, module, self.alpha), self.rank_of(module)
+        alpha, rank = self.alpha_of(module), self.rank_of(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 

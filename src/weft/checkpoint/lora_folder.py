@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -19,10 +20,15 @@ from weft.errors import CheckpointError, ShapeError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+WEFT_CONFIG = "weft_adapter"  # .json: a folder of weft's own, see weft.adapt.weft_folder
+WEFT_FORMAT = 1
+WEFT_TYPE = "WEFT"  # stands where PEFT's folders have their peft_type
+WEFT_WEIGHTS = "adapter.safetensors"
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
+    r"(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
+_ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 
 
 @dataclass
@@ -102,10 +108,20 @@ def open_adapter(folder: str | Path) -> Checkpoint:
         CheckpointError: a file is missing or damaged, or the adapter is not LoRA.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG_FILE)
-    parse_lora_config(config, str(folder))
     name = folder.resolve().name
-    if (folder / WEIGHTS_FILE).is_file():
+    own = folder / f"{WEFT_CONFIG}.json"
+    if own.is_file():
+        config: dict[str, Any] = {"peft_type": WEFT_TYPE, WEFT_CONFIG: read_json(own)}
+    else:
+        config = read_json(folder / CONFIG_FILE)
+        parse_lora_config(config, str(folder))
+    if own.is_file():
+        if not (folder / WEFT_WEIGHTS).is_file():
+            raise CheckpointError(
+                f"{folder}: has {own.name} but no {WEFT_WEIGHTS}. The download or the save is incomplete."
+            )
+        checkpoint = from_safetensors([folder / WEFT_WEIGHTS], name)
+    elif (folder / WEIGHTS_FILE).is_file():
         checkpoint = from_safetensors([folder / WEIGHTS_FILE], name)
     elif (folder / "adapter_model.bin").is_file():
         from weft.checkpoint.torch_files import from_torch_files
@@ -129,19 +145,29 @@ def read_adapter(adapter: Checkpoint) -> Adapter:
     where = adapter.name
     result = Adapter(parse_lora_config(adapter.config, where))
     found: dict[str, dict[str, LazyTensor]] = {}
+    names: set[str] = set()
+    others: dict[str, LazyTensor] = {}
     for key, tensor in adapter.items():
         path = key.removeprefix(PREFIX)
         match = _PART.fullmatch(path)
         if match:
             part = match["part"] + (".bias" if match["leaf"] == "bias" else "")
+            names.add(match["name"] or "default")
             found.setdefault(match["module"], {})[part] = tensor
-        elif path.endswith(".token_adapter.trainable_tokens_delta"):
-            result.rows[path.removesuffix(".token_adapter.trainable_tokens_delta")] = tensor
+        elif rows := _ROWS.fullmatch(path):
+            result.rows[rows["module"]] = tensor
         elif path.endswith(".base_layer.weight"):
             result.originals[path.replace(".base_layer", "")] = tensor
         else:
-            saved = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", path)
-            result.whole[saved.replace(".base_layer", "")] = tensor
+            others[path] = tensor
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{where}: holds several adapters in one file ({', '.join(sorted(names))}). Save each by itself."
+        )
+    called = "|".join(map(re.escape, {"default", *names}))
+    for path, tensor in others.items():
+        saved = re.sub(rf"\.modules_to_save(\.({called}))?(?=\.)", "", path)
+        result.whole[saved.replace(".base_layer", "")] = tensor
     for module, tensors in found.items():
         result.parts[module] = _part(module, tensors, result.config, where)
     if not (result.parts or result.whole or result.rows):

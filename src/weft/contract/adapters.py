@@ -1,8 +1,9 @@
-"""What every adapter promises beside what every weight function does: it can be switched, scaled, merged, taken away."""
+"""What every adapter promises beside what every function does: it can be switched, scaled, merged, saved, taken away."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from weft.adapt.attach import adapt_
+from weft.adapt.folder import load_adapter_, save_adapter
 from weft.adapt.switch import adapters, merge_, remove_, switch_, switched, train_only_, unmerge_
 from weft.contract.models import Net, batches, configuration, fill, shake, stack_of
-from weft.errors import RecipeError
+from weft.errors import CheckpointError, OutputError, RecipeError
 from weft.function.adapter import Adapter
 from weft.function.attach import functions
 from weft.function.export import plain_state_dict
@@ -60,10 +62,10 @@ def _near(first: Tensor, second: Tensor, what: str, tolerance: float = EXACT) ->
     assert error <= limit, f"{what}: differs by {error:.3g}, more than {limit:.3g}"
 
 
-def _refused(work: Callable[[], Any], needed: str, what: str) -> None:
+def _refused(work: Callable[[], Any], needed: str, what: str, kind: type[Exception] = RecipeError) -> None:
     try:
         work()
-    except RecipeError as error:
+    except kind as error:
         assert needed in str(error), f"{what}: the message does not mention {needed}: {error}"
     else:
         raise AssertionError(f"{what} was let through")
@@ -221,3 +223,37 @@ def _thin(method: FunctionMethod) -> None:
             A, B = factors
             assert A.shape[0] == B.shape[1], f"A {list(A.shape)} and B {list(B.shape)}"
             _near(B @ A, layer.weight - before.weight, "B A", 1e-9)
+
+
+@_check("saved and loaded")
+def _saved(method: FunctionMethod) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        net = _adapted(method, "a", "b", dtype=dtype)
+        both = net(_x(dtype))
+        switch_(net, "b")
+        second, state = net(_x(dtype)), {n: t.clone() for n, t in net.state_dict().items()}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in "ab":
+                save_adapter(net, f"{folder}/{name}", name)
+                _refused(
+                    partial(save_adapter, net, f"{folder}/{name}", name), "exists", "an existing folder", OutputError
+                )
+            fresh = Net(dtype).eval()
+            assert load_adapter_(fresh, f"{folder}/b").base == "the same", "the base is not known again"
+            assert not any(p.requires_grad for p in fresh.parameters()), "what is loaded trains, unasked"
+            assert torch.equal(fresh(_x(dtype)), second), "outputs are not bit-equal"
+            fresh = Net(dtype).eval()
+            for name in "ab":
+                load_adapter_(fresh, f"{folder}/{name}", name=name, train=True)
+            assert torch.equal(fresh(_x(dtype)), both), "with two adapters, outputs are not bit-equal"
+            again = fresh.state_dict()
+            assert again.keys() == state.keys(), "the state dict has other names"
+            assert all(torch.equal(t, again[n]) and t.dtype == again[n].dtype for n, t in state.items()), "or values"
+            trains = [n for n, p in fresh.named_parameters() if p.requires_grad]
+            assert trains == [n for n, p in net.named_parameters() if p.requires_grad], f"others train: {trains}"
+            other = Net(dtype)
+            fill(other, 5)
+            before = other(_x(dtype))
+            _refused(partial(load_adapter_, other, f"{folder}/a"), "another base", "another base", CheckpointError)
+            assert torch.equal(other(_x(dtype)), before), "a refusal changes the model"
+            load_adapter_(other, f"{folder}/a", check_base=False)

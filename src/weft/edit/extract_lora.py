@@ -31,14 +31,13 @@ from weft.checkpoint.open import open_checkpoint
 from weft.edit.adapter_report import AdapterReport
 from weft.edit.extract_plan import Changes, sort_changes
 from weft.edit.low_rank import low_rank
-from weft.engine.adapter_writer import AdapterWriter, plain_config
+from weft.engine.adapter_writer import AdapterWriter, plain_config, task_type
 from weft.engine.progress import Progress
 from weft.errors import CheckpointError, NonFiniteError, RecipeError
 from weft.kernels.convert import OUTPUT_DTYPES, from_float32
 
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # their weights are stored (in, out)
-_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 
 
 def extract_lora(
@@ -192,5 +191,5 @@ class _Job:
             biases=bool(self.changes.biases),
             fan_in_fan_out=self.flipped,
             base_model=base_model,
-            task_type=next((t for k, t in _TASKS.items() if architectures and architectures[0].endswith(k)), None),
+            task_type=task_type(architectures),
         )

@@ -20,7 +20,10 @@ from weft.engine.journal import WorkFolder
 from weft.engine.run import REPORT_FILE
 from weft.errors import OutputError
 
-_NO_TARGET = "dummy-target-modules"  # how PEFT spells an adapter that only saves modules
+NO_TARGET = "dummy-target-modules"  # how PEFT spells an adapter that only saves modules
+
+
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 
 
 class AdapterWriter:
@@ -28,14 +31,27 @@ class AdapterWriter:
 
     Memory: one tensor. Disk: twice the adapter's size until it is published.
 
+    Args:
+        output: the folder.
+        force: replace an output that weft made.
+        weights_file, config_file: names of the two files; PEFT's unless an adapter has a form of its own.
+
     Raises:
         OutputError: the output exists (and was not made by weft, or without ``force``), is being written, or does not
             fit on the disk; nothing is left behind.
     """
 
-    def __init__(self, output: str | os.PathLike[str], *, force: bool = False):
+    def __init__(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        weights_file: str = WEIGHTS_FILE,
+        config_file: str = CONFIG_FILE,
+    ):
         self.output = Path(os.path.abspath(Path(output).expanduser()))
         self._force = force
+        self._weights_file, self._config_file = weights_file, config_file
         self._work = WorkFolder(self.output)
         self._spool: BinaryIO | None = None
         self._placed: dict[str, tuple[int, DType, tuple[int, ...]]] = {}
@@ -80,20 +96,20 @@ class AdapterWriter:
             raise OutputError(f"{self.output}: cannot be written ({error.strerror}).") from None
 
     def publish(self, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-        """Write the safetensors file, ``adapter_config.json`` and weft's report, and give the folder its name."""
+        """Write the safetensors file, the configuration and weft's report, and give the folder its name."""
         assert self._spool is not None
         prefix, header = build_header(((n, d, s) for n, (_, d, s) in self._placed.items()), {})
         try:
             self._spool.flush()
-            with (self._work.files / WEIGHTS_FILE).open("wb") as out:
+            with (self._work.files / self._weights_file).open("wb") as out:
                 out.write(prefix)
                 for name, info in header.tensors.items():
                     self._spool.seek(self._placed[name][0])
                     self._copy(out, info.nbytes)
                 out.flush()
                 os.fsync(out.fileno())
-            for file, value in ((CONFIG_FILE, config), (REPORT_FILE, report)):
-                text = json.dumps(value, indent=2, sort_keys=file == CONFIG_FILE, ensure_ascii=False) + "\n"
+            for file, value in ((self._config_file, config), (REPORT_FILE, report)):
+                text = json.dumps(value, indent=2, sort_keys=file == self._config_file, ensure_ascii=False) + "\n"
                 (self._work.files / file).write_text(text, encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{self.output}: cannot be written ({error.strerror}).") from None
@@ -133,7 +149,7 @@ def plain_config(
         "lora_alpha": usual if alpha is None else alpha,
         "rank_pattern": odd,
         "alpha_pattern": odd if alpha is None else {},
-        "target_modules": sorted(ranks) or _NO_TARGET,
+        "target_modules": sorted(ranks) or NO_TARGET,
         "modules_to_save": list(modules_to_save) or None,
         "bias": "lora_only" if biases else "none",
         "fan_in_fan_out": fan_in_fan_out,
@@ -143,3 +159,12 @@ def plain_config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def task_type(architectures: Sequence[str]) -> str | None:
+    """PEFT's name for what a model does, from ``architectures`` of its configuration.
+
+    >>> task_type(["LlamaForCausalLM"]), task_type([])
+    ('CAUSAL_LM', None)
+    """
+    return next((t for k, t in _TASKS.items() if architectures and architectures[0].endswith(k)), None)

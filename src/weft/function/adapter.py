@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from weft.function.protocol import Gather, Inner, Looked, WeightFunction
+
+
+@dataclass(frozen=True)
+class PeftForm:
+    """How PEFT's files say one adapted weight.
+
+    Attributes:
+        type: PEFT's ``peft_type``.
+        config: fields of ``adapter_config.json`` that this weight needs.
+        tensors: by the end of the name in PEFT's file (``lora_A.weight``), in the shape that a linear layer has there;
+            where PEFT's embeddings and convolutions differ, :mod:`weft.adapt.peft_folder` turns them.
+    """
+
+    type: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
 
 class Adapter(WeightFunction):
@@ -19,6 +39,9 @@ class Adapter(WeightFunction):
         enabled: whether it changes anything now; neither this nor the strength is part of a state dict.
         strength: what a user scales it by; 1 is as trained.
         scale: what the method scales its change by, such as LoRA's alpha / rank.
+        config: what builds this very function again, for saving; the configuration that ``weft.adapt_`` was given,
+            unless the function knows better: one whose shapes come from data or from other weights sets it to a
+            configuration that says them.
     """
 
     freezes = True
@@ -29,6 +52,7 @@ class Adapter(WeightFunction):
         self.enabled = True
         self.strength = 1.0
         self.scale = scale
+        self.config: Any = None
 
     def change(self, stored: Tensor) -> Tensor:
         """What is added to the stored weight, in its shape, in at least float32; without scale and strength."""
@@ -47,6 +71,10 @@ class Adapter(WeightFunction):
 
         Only changes that do not depend on the stored weight have them.
         """
+        return None
+
+    def peft(self) -> PeftForm | None:
+        """How PEFT says this function, its state included, so that training can go on; None if it cannot."""
         return None
 
     def forward(self, stored: Tensor) -> Tensor:

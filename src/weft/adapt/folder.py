@@ -1,0 +1,289 @@
+"""``save_adapter`` and ``load_adapter_``: an adapter of a live model as a folder, and back, bit for bit.
+
+Three forms: a folder of PEFT, which its users load; LoRA factors that are exactly the same change, for those who serve
+LoRA alone; and a folder of weft's own for what PEFT cannot say. ``weft.json`` beside them has the versions and the
+fingerprint of the base, so that an adapter is not put on another model without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft import __version__
+from weft.adapt.attach import check_name
+from weft.adapt.peft_folder import CannotSayError, read_peft, write_peft
+from weft.adapt.weft_folder import read_weft, weft_files, write_weft
+from weft.adapt.weights import AdaptedWeight, Stored, adapted_weights, base_of, plain_tensors, put_on
+from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.fingerprint import Fingerprint, differing, fingerprint_of
+from weft.checkpoint.folder import read_json
+from weft.checkpoint.lora_folder import CONFIG_FILE, WEFT_CONFIG, WEFT_WEIGHTS, open_adapter
+from weft.checkpoint.memory import from_mapping
+from weft.engine.adapter_writer import AdapterWriter
+from weft.engine.run import REPORT_FILE
+from weft.errors import CheckpointError, OutputError, RecipeError, did_you_mean
+from weft.function.classes import unwrapped
+
+FORMS = ("auto", "peft", "lora", "weft")
+
+
+@dataclass
+class SavedAdapter:
+    """What ``save_adapter`` wrote.
+
+    Attributes:
+        folder: where.
+        form: "peft", "lora" or "weft".
+        why: the reason where it is not the one that PEFT loads; empty otherwise.
+        tensors: number of them in the file.
+        nbytes: their bytes.
+        notes: what else there is to know.
+    """
+
+    folder: Path
+    form: str
+    why: str
+    tensors: int
+    nbytes: int
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        size = f"{self.tensors} tensors, {self.nbytes:,} bytes"
+        why = f" ({self.why})" if self.why else ""
+        return "\n".join([f"{self.folder}: {size}, in the form {self.form}{why}", *self.notes])
+
+
+@dataclass
+class LoadedAdapter:
+    """What ``load_adapter_`` put on a model.
+
+    Attributes:
+        name: of the adapter in the model.
+        form: "peft" or "weft".
+        weights: full names of the weights that it changes.
+        loaded: keys of the file that were used: all of them, or nothing is loaded.
+        base: what is known of the base: "the same", "not checked …", or why.
+        parameters: how many numbers the adapter has.
+        notes: what else there is to know.
+    """
+
+    name: str
+    form: str
+    weights: list[str]
+    loaded: list[str]
+    base: str
+    parameters: int
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        first = f"{self.name}: {len(self.loaded)} tensors on {len(self.weights)} weights; base: {self.base}"
+        return "\n".join([first, *self.notes])
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    form: str = "auto",
+    base: str = "",
+    force: bool = False,
+) -> SavedAdapter:
+    """Write one adapter of a model as a folder; the folder appears complete or not at all.
+
+    Args:
+        model: that has it; nothing of it is changed. If it is sharded, every process must call this, with a folder of
+            its own.
+        folder: to make.
+        name: of the adapter.
+        form: "peft": what PEFT loads and goes on training; "lora": factors that are exactly this change, for methods that
+            have them, at the scale 1; "weft": weft's own, which holds everything; "auto": peft if it can say the adapter.
+        base: what to call the base in the folder; by default what the model says of itself, without its path.
+        force: replace a folder that weft made.
+
+    Raises:
+        RecipeError: there is no such adapter, or the form cannot say it; the message says why.
+        OutputError: the folder exists or cannot be written.
+
+    >>> import tempfile, weft
+    >>> model, folder = nn.Sequential(nn.Linear(4, 4)), tempfile.mkdtemp() + "/mine"
+    >>> _ = weft.adapt_(model, weft.adapt.LoRA(rank=1), where="*")
+    >>> report = save_adapter(model, folder)
+    >>> report.form, report.tensors
+    ('peft', 2)
+    >>> again = nn.Sequential(nn.Linear(4, 4))
+    >>> _ = again.load_state_dict(weft.plain_state_dict(model))
+    >>> load_adapter_(again, folder).base
+    'the same'
+    """
+    if form not in FORMS:
+        raise RecipeError(f"An adapter has no form {form!r}.{did_you_mean(form, FORMS)}")
+    weights = adapted_weights(model, name)
+    base = base or _called(model)
+    why, config, tensors = "", None, None
+    if form in ("auto", "peft", "lora"):
+        try:
+            config, tensors = write_peft(model, weights, convert=form == "lora", base=base)
+        except CannotSayError as error:
+            why = str(error)
+            if form != "auto":
+                instead = 'form="lora" writes its exact factors where there are any, ' if form == "peft" else ""
+                raise RecipeError(
+                    f'The adapter {name!r} has no form {form!r}: {why}. {instead}form="weft" holds every adapter, and '
+                    "weft.save writes the baked model."
+                ) from None
+    made = form if form != "auto" else "peft" if config is not None else "weft"
+    own = made == "weft"
+    if own:
+        config, tensors = write_weft(weights)
+    assert config is not None
+    assert tensors is not None
+    report = _side_file(model, weights, made, base)
+    files = {"weights_file": WEFT_WEIGHTS, "config_file": f"{WEFT_CONFIG}.json"} if own else {}
+    opened = from_mapping({n: _whole(n, t) for n, t in tensors.items()})
+    with AdapterWriter(folder, force=force, **files) as writer:
+        for key, tensor in opened.items():
+            writer.add(key, tensor.bits(), tensor.dtype, tensor.shape)
+        writer.publish(config, report)
+    strength = {f.strength for w in weights for f in w.functions}
+    notes = [f"its strength of {s:g} is not saved: a folder holds it as trained" for s in strength if s != 1]
+    return SavedAdapter(writer.output, made, why, len(opened), opened.nbytes, notes)
+
+
+def load_adapter_(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    train: bool = False,
+    dtype: str = "stored",
+    check_base: bool = True,
+) -> LoadedAdapter:
+    """Put an adapter from a folder on a model, in place, and freeze the model; all of it, or nothing.
+
+    Reads folders of PEFT (LoRA, rsLoRA and MiSS with modules_to_save and trainable tokens; safetensors or ``.bin``) and
+    weft's own. PEFT's DoRA and biases of factors are no functions here; ``weft bake`` merges them.
+
+    Args:
+        model: the base that it was trained on.
+        folder: that ``save_adapter`` or PEFT's ``save_pretrained`` wrote.
+        name: to give it in the model.
+        train: whether its parameters train.
+        dtype: "stored": of the parameters as they are in the file; "float32": at least that, for training.
+        check_base: compare the base with the fingerprint in ``weft.json``.
+
+    Raises:
+        CheckpointError: the file is damaged or not complete, a tensor has no place in the model or another shape, or
+            the model is another one than the adapter was trained on. The model is then as before.
+        RecipeError: the model has an adapter of this name.
+    """
+    check_name(model, name)
+    if dtype not in ("stored", "float32"):
+        raise RecipeError(f"dtype is 'stored' or 'float32', got {dtype!r}.")
+    path = Path(folder)
+    if not (path / CONFIG_FILE).is_file() and not weft_files(path):
+        raise CheckpointError(
+            f"{path}: holds no {CONFIG_FILE} and no {WEFT_CONFIG}.json, so it is no adapter's folder. Give the folder that "
+            "save_adapter or PEFT's save_pretrained wrote."
+        )
+    with open_adapter(path) as adapter:
+        own = weft_files(path)
+        stored, notes = (read_weft(adapter), []) if own else read_peft(model, adapter)
+        keys = list(adapter)
+        known = _base_known(model, path, adapter, stored, check_base)
+    _places_there(model, stored, path.name)
+    put_on(model, stored, name)
+    mine = {id(f): f for w in adapted_weights(model, name) for f in w.functions}
+    parameters = {id(p): p for f in mine.values() for p in f.parameters()}
+    for parameter in parameters.values():
+        if not parameter.is_floating_point() or not parameter.requires_grad:
+            continue
+        if dtype == "float32":
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(train)
+    for function in mine.values():
+        function.train(train and model.training)
+    count = sum(p.numel() for p in parameters.values())
+    return LoadedAdapter(name, "weft" if own else "peft", list(stored), keys, known, count, notes)
+
+
+def _places_there(model: nn.Module, stored: Mapping[str, list[Stored]], where: str) -> None:
+    held = plain_tensors(model)
+    missing = [n for n in stored if n not in held]
+    if missing:
+        raise CheckpointError(
+            f"{where}: the model has no {missing[0]!r}, which the adapter changes ({len(missing)} of {len(stored)} are not "
+            f"found).{did_you_mean(missing[0], held)} The adapter was trained on another model."
+        )
+
+
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.numel() or tensor.is_meta:
+        raise OutputError(
+            f"{name} is empty here {list(tensor.shape)}: the model is sharded or has no values yet. Gather it first, or save "
+            "from the process that holds it."
+        )
+    return tensor.detach().cpu().contiguous()
+
+
+def _side_file(model: nn.Module, weights: list[AdaptedWeight], form: str, base: str) -> dict[str, Any]:
+    prints = {w.names[0]: fingerprint_of(base_of(w.stack)) for w in weights}
+    return {
+        "format": 1,
+        "form": form,
+        "weft": __version__,
+        "torch": torch.__version__.partition("+")[0],
+        "model": type(unwrapped(model)).__name__,
+        "base": {"name": base, "tensors": {n: list(p) for n, p in prints.items()}},
+    }
+
+
+def _called(model: nn.Module) -> str:
+    """What a model says it is, without a path of this machine."""
+    said = str(getattr(getattr(unwrapped(model), "config", None), "_name_or_path", "") or "")
+    local = os.path.isabs(said) or said.startswith((".", "~")) or os.sep != "/" or os.path.exists(said)
+    return os.path.basename(said.rstrip("/\\")) if local else said
+
+
+def _base_known(model: nn.Module, path: Path, adapter: Checkpoint, stored: Mapping[str, Any], check: bool) -> str:
+    """Whether the model is the base; what is known of it."""
+    said = base_tensors(path)
+    if not said:
+        name = str(adapter.config.get("base_model_name_or_path") or "")
+        mine = _called(model)
+        if name and mine and os.path.basename(name.rstrip("/")) != os.path.basename(mine):
+            return f"not checked: the adapter names {name!r}, the model calls itself {mine!r}"
+        return "not checked: the folder has no fingerprint of it"
+    if not check:
+        return "not checked, as asked"
+    held = plain_tensors(model)
+    found: dict[str, Fingerprint] = {n: fingerprint_of(base_of(held[n])) for n in said if n in held}
+    other = differing(said, found)
+    if other:
+        raise CheckpointError(another_base(path.name, other, len(found)))
+    return "the same" if found else "not checked: the model has other names"
+
+
+def base_tensors(folder: Path) -> dict[str, Any]:
+    """Fingerprints of the base, by tensor, that ``weft.json`` in a folder has; empty if it has none."""
+    if not (folder / REPORT_FILE).is_file():
+        return {}
+    base = read_json(folder / REPORT_FILE).get("base")
+    tensors = base.get("tensors") if isinstance(base, Mapping) else None
+    return dict(tensors) if isinstance(tensors, Mapping) else {}
+
+
+def another_base(where: str, other: list[str], count: int) -> str:
+    """The message for a base that is not the one an adapter was trained on."""
+    return (
+        f"{where}: was trained on another base: {len(other)} of {count} weights differ from it, such as {other[0]}. Load the "
+        "base that it was trained on (its name is in weft.json); to put it on this one all the same, pass "
+        "check_base=False."
+    )

@@ -1,0 +1,92 @@
+"""Recognise a base: a few bytes for each of its tensors, the same in whichever precision it was loaded.
+
+A tensor's fingerprint is two xxh3 digests, of up to 65,536 of its values from sixteen places, once rounded to bfloat16
+and once to float16. A model that was loaded in half precision has one of these in common with its float32 files, and a
+fine-tune, which moves nearly every value, has neither. It is no seal against changes made on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from weft.checkpoint.checkpoint import LazyTensor
+from weft.checkpoint.dtypes import DTYPES, DType, dtype_of
+from weft.errors import CheckpointError
+from weft.kernels.convert import OUTPUT_DTYPES, from_float32, to_float32
+
+if TYPE_CHECKING:
+    import torch
+
+_PLACES = 16
+_VALUES = 4096  # at each of them; sixteen short reads cost less than hashing the whole tensor would
+Fingerprint = tuple[str, str]
+
+
+def fingerprint(tensor: LazyTensor) -> Fingerprint:
+    """Of a stored tensor; reads at most 65,536 values.
+
+    >>> import numpy as np, weft
+    >>> w = np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)
+    >>> a, b = weft.open({"w": w})["w"], weft.open({"w": w.astype(np.float16)})["w"]
+    >>> same(fingerprint(a), fingerprint(b)), same(fingerprint(a), fingerprint(weft.open({"w": w + 1})["w"]))
+    (True, False)
+    """
+    width = tensor.dtype.bits // 8
+    if not width:
+        raise CheckpointError(f"{tensor.name}: a tensor of {tensor.dtype.name} has no fingerprint.")
+
+    def read(first: int, last: int) -> np.ndarray:
+        raw = np.empty((last - first) * width, np.uint8)
+        tensor.read_into(raw.data, first * width)
+        return raw.view(tensor.dtype.numpy)
+
+    return _digests(read, tensor.shape, tensor.size, tensor.dtype)
+
+
+def fingerprint_of(tensor: torch.Tensor) -> Fingerprint:
+    """Of a live tensor, equal to that of the same tensor in a file."""
+    import torch
+
+    flat = tensor.detach().reshape(-1)
+
+    def read(first: int, last: int) -> np.ndarray:
+        return flat[first:last].cpu().contiguous().view(torch.uint8).numpy().view(dtype.numpy)
+
+    dtype = dtype_of(str(tensor.dtype))
+    return _digests(read, tuple(tensor.shape), tensor.numel(), dtype)
+
+
+def same(first: Iterable[str], second: Iterable[str]) -> bool:
+    """Whether two fingerprints can be of one tensor."""
+    return any(a == b for a, b in zip(first, second))
+
+
+def differing(saved: Mapping[str, Any], now: Mapping[str, Fingerprint]) -> list[str]:
+    """Names whose fingerprints differ, of those that both have."""
+    return [n for n, mine in now.items() if n in saved and not same(mine, _texts(saved[n]))]
+
+
+def _texts(value: Any) -> list[str]:
+    """A fingerprint as it comes from a file that may hold anything."""
+    return [str(v) for v in value] if isinstance(value, list | tuple) else []
+
+
+def _digests(read: Callable[[int, int], np.ndarray], shape: tuple[int, ...], size: int, dtype: DType) -> Fingerprint:
+    if size <= _PLACES * _VALUES:
+        bits = read(0, size)
+    else:
+        starts = [i * (size - _VALUES) // (_PLACES - 1) for i in range(_PLACES)]
+        bits = np.concatenate([read(s, s + _VALUES) for s in starts])
+    head = repr(shape).encode()
+    if dtype.name not in OUTPUT_DTYPES:
+        digest = xxhash.xxh3_64_hexdigest(head + bits.tobytes())
+        return digest, digest
+    values = to_float32(bits, dtype)
+    first, second = (
+        xxhash.xxh3_64_hexdigest(head + from_float32(values, DTYPES[kind]).tobytes()) for kind in ("BF16", "F16")
+    )
+    return first, second
