@@ -125,6 +125,15 @@ def fill(
     )
 
 
+def multiple(count: int, of: int) -> int:
+    """The smallest multiple of ``of`` that is no less.
+
+    >>> multiple(9, 8)
+    16
+    """
+    return -(-count // of) * of
+
+
 def evenly(used: Tensor, rows: int) -> Tensor:
     """(rows): the same coefficient for each used row.
 

@@ -31,6 +31,7 @@ Re-implemented from the equations (official code: no licence).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from torch import Generator, Tensor, nn
 
 from weft.errors import RecipeError
 from weft.function.initializer import InitMethod
-from weft.init._expansion import NO_TOKEN, Expansion, Pieces, Vocabulary, fill
+from weft.init._expansion import NO_TOKEN, Expansion, Pieces, Vocabulary, fill, multiple
 from weft.init._tables import Tables
 from weft.init.constrained_word2vec import NEW
 from weft.method import configure
@@ -98,6 +99,8 @@ def extend_vocabulary_(
     """
     config = configure(Vocabulary, {k: v for k, v in locals().items() if k in Vocabulary.__dataclass_fields__})
     tables = Tables(model, head)
+    if isinstance(new, str):
+        raise RecipeError(f"New tokens are a list of texts, got one text; write [{new!r}].")
     names = None if isinstance(new, int) else list(new)
     count = new if isinstance(new, int) else len(new)
     used = tables.rows if tokens is None else tokens
@@ -109,7 +112,7 @@ def extend_vocabulary_(
     if names is not None and len(set(names)) < count:
         twice = next(n for i, n in enumerate(names) if n in names[:i])
         raise RecipeError(f"The new token {twice!r} is given twice; a token has one id.")
-    source = torch.full((_multiple(max(tables.rows, used + count), config.pad_to_multiple_of),), NO_TOKEN)
+    source = torch.full((multiple(max(tables.rows, used + count), config.pad_to_multiple_of),), NO_TOKEN)
     source[: tables.rows] = torch.arange(tables.rows)
     source[used : used + count] = NEW
     return fill(tables, source, torch.arange(used), names, pieces, coefficients, text, config, generator)
@@ -157,20 +160,19 @@ def replace_vocabulary_(
     config = configure(Vocabulary, options)
     tables = Tables(model, head)
     for which, vocabulary in (("old", old), ("new", new)):
-        tokens: dict[int, str] = {}
+        tokens = {index: token for token, index in vocabulary.items()}  # of one id, the last
         for token, index in vocabulary.items():
-            if index in tokens or index < 0:
+            if tokens[index] != token or index < 0:
                 raise RecipeError(
-                    f"In the {which} vocabulary {token!r} has the id {index}, which {tokens.get(index, 'no token')!r} has; "
-                    "every token needs an id of its own, from 0."
+                    f"In the {which} vocabulary {token!r} and {tokens[index]!r} have the id {index}; every token needs an id "
+                    "of its own, from 0."
                 )
-            tokens[index] = token
     if not old or not new or max(old.values()) >= tables.rows:
         raise RecipeError(
             f"The old vocabulary has ids up to {max(old.values(), default=None)}, the tables {tables.rows} rows, the new "
             f"vocabulary {len(new)} tokens; is `old` the tokenizer that the model was trained with?"
         )
-    size = _multiple(max(new.values()) + 1, config.pad_to_multiple_of)
+    size = multiple(max(new.values()) + 1, config.pad_to_multiple_of)
     if size < tables.rows and not shrink:
         raise RecipeError(
             f"The new vocabulary needs {size} rows, the tables have {tables.rows}; pass shrink=True to drop rows, or "
@@ -181,14 +183,14 @@ def replace_vocabulary_(
     names = [token for token, _ in sorted(new.items(), key=lambda item: item[1]) if token not in old]
     used = torch.tensor(sorted(old.values()))
     done = fill(tables, source, used, names, pieces, coefficients, text, config, generator)
-    return Expansion(**vars(done) | {"unset": tables.move_special(old, new)})
+    return replace(done, unset=tables.move_special(old, new))
 
 
 def hull_violation(old: Tensor, new: Tensor, hidden: Tensor) -> Tensor:
     """By how much the best new token's logit exceeds the best old one's, for each hidden state.
 
-    At most 0, up to rounding, for new rows that are weighted means of old ones. A bias is a last column of the rows, with 1s
-    as the last of ``hidden``.
+    At most 0, up to rounding, for new rows that are weighted means of old ones. A bias is a last column of the rows, with
+    a 1 behind each of ``hidden``.
 
     Args:
         old: (old, width) output rows.
@@ -214,22 +216,15 @@ def hull_violation(old: Tensor, new: Tensor, hidden: Tensor) -> Tensor:
     return best_new - best_old
 
 
-def _multiple(count: int, of: int) -> int:
-    return -(-count // of) * of
-
-
-class _Trial(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(12, 8)
-        self.head = nn.Linear(8, 12)
+def _trial() -> nn.Module:
+    return nn.ModuleDict({"embedding": nn.Embedding(12, 8), "head": nn.Linear(8, 12)})
 
 
 def _apply(model: Any, generator: Generator | None, steps: int, **parameters: Any) -> Expansion:
     return extend_vocabulary_(
-        model.embedding,
+        model["embedding"],
         ["ab", "bc", "abc"],
-        head=model.head,
+        head=model["head"],
         pieces=[[0, 1], [1, 2], [0, 1, 2]],
         text=[[12, 2, 3, 13, 4, 14], [0, 13, 14, 5]],
         generator=generator,
@@ -240,33 +235,20 @@ def _apply(model: Any, generator: Generator | None, steps: int, **parameters: An
 
 def _row(name: str, random: bool, summary: str, *checked_by: str, **defaults: Any) -> InitMethod:
     return InitMethod(
-        name=name,
-        family="init",
-        config=Vocabulary,
-        summary=summary,
-        goal="adapt",
-        paper="cw2v",
-        needs="calibration" if name == "cw2v" else "nothing",
-        defaults=defaults,
-        function=extend_vocabulary_,
-        trial=_Trial,
-        apply=_apply,
+        name=name, family="init", config=Vocabulary, summary=summary, goal="adapt", paper="cw2v",
+        needs="calibration" if name == "cw2v" else "nothing", defaults=defaults, checked_by=checked_by,
+        function=extend_vocabulary_, trial=_trial, apply=_apply, random=random, resizes=True,
         fills=("embedding.weight", "head.weight", "head.bias"),
-        random=random,
-        resizes=True,
-        checked_by=checked_by,
-    )
+    )  # fmt: skip
 
 
-_SUBWORD = "Rows of new tokens are the means of their pieces' rows."
-_MEAN = "Rows of new tokens are the mean of all old ones."
-_UNIVARIATE = "Rows of new tokens are drawn with the mean and variance of each column."
-_MULTIVARIATE = "Rows of new tokens are drawn near the mean, with the covariance of the old ones."
-_LEARNED = "Rows of new tokens are weighted means of old ones, learned from text."
 METHODS = (
-    _row("vocabulary_subword_mean", False, _SUBWORD, "closed form"),
-    _row("vocabulary_mean", False, _MEAN, "closed form", strategy="mean"),
-    _row("vocabulary_univariate", True, _UNIVARIATE, "closed form", strategy="univariate"),
-    _row("vocabulary_multivariate", True, _MULTIVARIATE, "closed form", "transformers", strategy="multivariate"),
-    _row("cw2v", True, _LEARNED, "brute force", strategy="cw2v"),
-)
+    _row("vocabulary_subword_mean", False, "New tokens' rows are the means of their pieces' rows.", "closed form"),
+    _row("vocabulary_mean", False, "New tokens' rows are the mean of all old ones.", "closed form", strategy="mean"),
+    _row("vocabulary_univariate", True, "New tokens' rows are drawn column by column.", "closed form", strategy="univariate"),
+    _row(
+        "vocabulary_multivariate", True, "New tokens' rows are drawn near the mean, with the old ones' covariance.",
+        "closed form", "transformers", strategy="multivariate",
+    ),
+    _row("cw2v", True, "New tokens' rows are weighted means of old ones, learned from text.", "brute force", strategy="cw2v"),
+)  # fmt: skip
