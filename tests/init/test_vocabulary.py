@@ -278,6 +278,13 @@ def test_tokens_without_pieces_get_the_mean_and_repeated_pieces_count() -> None:
     torch.testing.assert_close(embedding.weight[5], (2 * old[0] + old[1]) / 3)
 
 
+def test_coefficients_of_the_mean_take_the_memory_of_one_row() -> None:
+    embedding = nn.Embedding(2000, 4)
+    done = extend_vocabulary_(embedding, 1000, strategy="mean")
+    assert done.input.shape == (1000, 2000)
+    assert done.input.untyped_storage().nbytes() == 4 * 2000
+
+
 def test_input_and_output_may_have_coefficients_of_their_own_dense_or_sparse() -> None:
     embedding, head = nn.Embedding(4, 3), nn.Linear(3, 4)
     first, second = torch.eye(4)[:1], torch.eye(4)[3:].to_sparse()

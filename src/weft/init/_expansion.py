@@ -89,7 +89,7 @@ def fill(
         raise RecipeError(f'strategy="{strategy}" needs {name}=...; strategy="mean" needs nothing.')
     mixes: tuple[Tensor | None, ...] = (None,) * count
     if strategy == "mean":
-        mixes = (evenly(used, rows).expand(len(made), -1),) * count
+        mixes = tuple(evenly(used, rows).to(v).expand(len(made), -1) for v in tables.values)  # one row in memory
     elif strategy == "subword_mean" and pieces is not None:
         mixes = (piece_mix(pieces, names, len(made), used, rows),) * count
     elif strategy == "convex" and coefficients is not None:

@@ -211,8 +211,10 @@ def hull_violation(old: Tensor, new: Tensor, hidden: Tensor) -> Tensor:
     shapes = [list(t.shape) for t in (old, new, hidden)]
     if old.dim() != 2 or new.dim() != 2 or not len(old) or not len(new) or len({s[-1] for s in shapes if s}) != 1:
         raise RecipeError(f"Rows (old, width) and (new, width) and states (…, width) are needed, got {shapes}.")
-    wide_hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    best_new, best_old = ((wide_hidden @ rows.to(wide_hidden).mT).amax(dim=-1) for rows in (new, old))
+    dtype = torch.promote_types(
+        torch.promote_types(hidden.dtype, torch.promote_types(old.dtype, new.dtype)), torch.float32
+    )
+    best_new, best_old = ((hidden.to(dtype) @ rows.to(dtype).mT).amax(dim=-1) for rows in (new, old))
     return best_new - best_old
 
 
