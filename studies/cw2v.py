@@ -159,7 +159,7 @@ def run(seeds: int = 5) -> dict[str, Any]:
                 claim=f"After {STEPS[1]} continual steps, rows that constrained Word2Vec learned lose less than means of pieces.",
                 scale=f"standard library source, character model (2 layers of width 64) given {MERGES} merges, "
                 f"{BATCH * LENGTH} tokens a step, Adam",
-                metric="test loss in bits a character after continual steps (differences: at as many steps)",
+                metric="test loss in bits a byte after continual steps (differences: at as many steps)",
                 higher_is_better=False,
                 baseline=f"subword mean, {steps} steps",
                 method=f"CW2V, {steps} steps",
