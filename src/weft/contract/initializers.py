@@ -15,6 +15,7 @@ from weft.contract.models import Other, Scaled
 from weft.errors import RecipeError, WeftError
 from weft.function.attach import parametrize_
 from weft.function.initializer import InitMethod
+from weft.method import describe
 
 CHECKS: dict[str, Callable[[InitMethod], None]] = {}
 
@@ -173,7 +174,8 @@ def _configuration(method: InitMethod) -> None:
     )
     assert made == config, "the configuration does not survive JSON"
     accepted = inspect.signature(method.function).parameters
-    for key, field in method.parameters.items():
+    for field in describe(method.config):  # without the row's own defaults, which it passes
+        key = field.key
         assert field.field in accepted, f"{method.function.__name__} does not take {field.field}"
         default = accepted[field.field].default
         assert field.default == default, f"{key}: {field.default} in the row, {default} in {method.function.__name__}"

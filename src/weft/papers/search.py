@@ -177,7 +177,7 @@ def _scores(text: str) -> dict[str, float]:
     total: dict[str, float] = {}
     answered: dict[str, float] = {}
     mass = 0.0
-    for word in dict.fromkeys(terms(text)):
+    for word in sorted(set(terms(text))):  # sums in one order, whatever the order of the words
         options = _options(word, index)
         weight = max((w * index.importance(term) for term, w in options.items()), default=index.importance(word))
         mass += weight
