@@ -5,7 +5,7 @@ them, :mod:`weft.adapt.folder` those for disk; start at :mod:`weft.adapt.lora` t
 """
 
 from weft.adapt.attach import Adapted, adapt_
-from weft.adapt.folder import LoadedAdapter, SavedAdapter, load_adapter_, save_adapter
+from weft.adapt.folder import LoadedAdapter, SavedAdapter, load_adapter_, restore_adapter_, save_adapter
 from weft.adapt.lora import LoRA
 from weft.adapt.switch import (
     AdapterState,
@@ -33,6 +33,7 @@ __all__ = [
     "load_adapter_",
     "merge_",
     "remove_",
+    "restore_adapter_",
     "save_adapter",
     "switch_",
     "switched",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from weft import __version__
 from weft.adapt.attach import check_name
 from weft.adapt.peft_folder import CannotSayError, read_peft, write_peft
+from weft.adapt.switch import remove_
 from weft.adapt.weft_folder import read_weft, weft_files, write_weft
 from weft.adapt.weights import AdaptedWeight, Stored, adapted_weights, base_of, plain_tensors, put_on
 from weft.checkpoint.checkpoint import Checkpoint
@@ -212,6 +213,64 @@ def load_adapter_(
         function.train(train and model.training)
     count = sum(p.numel() for p in parameters.values())
     return LoadedAdapter(name, "weft" if own else "peft", list(stored), keys, known, count, notes)
+
+
+def restore_adapter_(
+    model: nn.Module, folder: str | os.PathLike[str], *, name: str = "default", check_base: bool = True
+) -> None:
+    """Set the values of an adapter that a model has to those of a folder, in place; an optimizer keeps its parameters.
+
+    Args:
+        model: with the adapter as it was when it was saved.
+        folder: that ``save_adapter`` wrote.
+        name: of the adapter in the model.
+        check_base: compare the base with the fingerprint in ``weft.json``.
+
+    Raises:
+        RecipeError: the model has no adapter of this name.
+        CheckpointError: the folder's adapter is on other weights, or of another method or shape.
+
+    >>> import tempfile, weft
+    >>> model, folder = nn.Sequential(nn.Linear(4, 4)), tempfile.mkdtemp() + "/mine"
+    >>> _ = weft.adapt_(model, weft.adapt.LoRA(rank=1), where="*")
+    >>> _ = save_adapter(model, folder)
+    >>> factor = model[0].parametrizations.weight[0].B
+    >>> _ = nn.init.ones_(factor)
+    >>> restore_adapter_(model, folder)
+    >>> factor.sum().item()
+    0.0
+    """
+    mine = {w.names[0]: w.functions for w in adapted_weights(model, name)}
+    own = weft_files(Path(folder))
+    with open_adapter(Path(folder)) as adapter:
+        stored = read_weft(adapter) if own else read_peft(model, adapter)[0]
+        _base_known(model, Path(folder), adapter, stored, check_base)
+        spare = f"{name} (being restored)"
+        put_on(model, stored, spare)
+    try:
+        theirs = {w.names[0]: w.functions for w in adapted_weights(model, spare)}
+        if mine.keys() != theirs.keys():
+            other = sorted(mine.keys() ^ theirs.keys())
+            raise CheckpointError(
+                f"{folder}: is on other weights than the adapter {name!r}: {other[0]} and {len(other) - 1} more are on one "
+                "side only. Attach the adapter as it was when it was saved."
+            )
+        pairs = [(full, f, g) for full in mine for f, g in zip(mine[full], theirs[full], strict=True)]
+        for full, function, saved in pairs:
+            ours, values = function.state_dict(), saved.state_dict()
+            if {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in values.items()}:
+                raise CheckpointError(
+                    f"{folder}: on {full} it has {_shapes(values)}, and the adapter {name!r} has {_shapes(ours)}. Attach the "
+                    "adapter as it was when it was saved."
+                )
+        for _, function, saved in pairs:
+            function.load_state_dict(saved.state_dict())
+    finally:
+        remove_(model, spare)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{n} {list(t.shape)}" for n, t in state.items())
 
 
 def _places_there(model: nn.Module, stored: Mapping[str, list[Stored]], where: str) -> None:
