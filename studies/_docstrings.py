@@ -84,7 +84,6 @@ def inputs(frozen: int = 0) -> Tensor:
         return torch.cat([_encode(lower, tokens) * (tokens != 0).unsqueeze(-1) for tokens in inputs().split(64)])
 
 
-@cache
 def splits(seed: int, *, frozen: int = 0) -> Docstrings:
     """A random split within each package: 60% for training, 15% for validation, 25% for test."""
     labels = corpus()[1]

@@ -26,6 +26,7 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
         return merging.run
 
     from weft.function.layer import LayerMethod
+    from weft.function.optimizer import OptimizerMethod
     from weft.function.protocol import FunctionMethod
 
     if isinstance(method, FunctionMethod):
@@ -36,6 +37,10 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
         from weft.contract import layers
 
         return layers.run
+    if isinstance(method, OptimizerMethod):
+        from weft.contract import optimizers
+
+        return optimizers.run
     raise RecipeError(f"There is no contract battery for {method.name} (family {method.family}).")
 
 
