@@ -109,7 +109,7 @@ class CarelessConfig:
     """Without an example."""
 
     lr: float = parameter(2.0, "", minimum=0)
-    weight_decay: Any = parameter((1,), "decoupled")
+    weight_decay: tuple[int, ...] = parameter((1,), "decoupled")
 
     def build(self, model: nn.Module) -> Optimizer:
         return Careless([*model.parameters()][:-1], self.lr)

@@ -221,8 +221,8 @@ class LowRankProjectedAdamW(Optimizer):
                 state["step"] = torch.zeros(())
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
-        held = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-        _adam(given, [p.grad for p in given], *held, group, weight_decay=group["weight_decay"])
+        first, second, steps = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        _adam(given, [p.grad for p in given], first, second, steps, group, weight_decay=group["weight_decay"])
 
     def _projected_step(self, tensor: Tensor, group: dict[str, Any]) -> None:
         state, decay = self.state[tensor], group["lr"] * group["weight_decay"]
@@ -248,8 +248,8 @@ class LowRankProjectedAdamW(Optimizer):
         v = weight * (radius / torch.where(gone, 1, length))
         g = torch.copysign(length, radius)
         of_g, of_v = weight_norm_gradients(gradient, v, g)
-        moments = [state["length_avg"]], [state["length_avg_sq"]], [state["step"].clone()]
-        _adam([g], [of_g], *moments, group, weight_decay=group["weight_decay"])
+        first, second, steps = [state["length_avg"]], [state["length_avg_sq"]], [state["step"].clone()]
+        _adam([g], [of_g], first, second, steps, group, weight_decay=group["weight_decay"])
         v += self._change(of_v, state, group)
         norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
         g = torch.where(gone, norm, g)

@@ -388,14 +388,12 @@ def _wrong(method: OptimizerMethod) -> None:
         bad: Any = row.minimum - 1 if row.minimum is not None else "nonsense" if row.choices else None
         if bad is None:
             continue
-        attempts: list[Callable[[], Any]] = [lambda key=key, bad=bad: method.configure({key: bad})]  # type: ignore[misc]
+        attempts: list[tuple[Any, Any, dict[str, Any]]] = [(method.configure, {key: bad}, {})]
         if row.field in known:
-            attempts.append(
-                lambda name=row.field, bad=bad: method.optimizer([nn.Parameter(torch.ones(2))], **{name: bad})
-            )  # type: ignore[misc]
-        for attempt in attempts:
+            attempts.append((method.optimizer, [nn.Parameter(torch.ones(2))], {row.field: bad}))
+        for function, given, options in attempts:
             try:
-                attempt()
+                function(given, **options)
             except ValueError as error:
                 assert key in str(error), f"the message does not name {key}: {error}"
                 assert str(bad) in str(error), f"the message does not show {bad!r}: {error}"
