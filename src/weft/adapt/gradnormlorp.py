@@ -229,10 +229,11 @@ class LowRankProjectedAdamW(Optimizer):
         weight, gradient = (_matrix(t, group) for t in (tensor, tensor.grad))
         if not state:
             state["step"] = torch.zeros(())
-        if group["normalize"] == "none":
-            moved = weight * (1 - decay) + self._change(gradient, state, group)
-        else:
-            moved = self._normalized_step(weight, gradient, state, group)
+        with torch.autocast(tensor.device.type, enabled=False):  # it would round the products
+            if group["normalize"] == "none":
+                moved = weight * (1 - decay) + self._change(gradient, state, group)
+            else:
+                moved = self._normalized_step(weight, gradient, state, group)
         state["step"] += 1
         tensor.copy_((moved.mT if group.get("output_axis") else moved).reshape(tensor.shape))
 

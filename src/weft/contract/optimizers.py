@@ -367,14 +367,18 @@ def _empty(method: OptimizerMethod) -> None:
 @_check("autocast")
 def _autocast(method: OptimizerMethod) -> None:
     model = _model()
-    optimizer = _optimizer(method, model)
+    other = copy.deepcopy(model)
+    optimizer, its = _optimizer(method, model), _optimizer(method, other)
     before = _values(model)
     for step in range(3):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = _loss(model, step=step)
-        loss.backward()
-        optimizer.step()
+        for net, own, inside in ((model, optimizer, False), (other, its, True)):
+            own.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = _loss(net, step=step)
+            loss.backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+                own.step()
+    assert _same(_values(model), _values(other)), "autocast changes a step"
     for a, b in zip(before, _values(model)):
         assert b.dtype == torch.float32, f"float32 became {b.dtype}"
         assert bool(b.isfinite().all()), "weights hold NaN or infinity"
