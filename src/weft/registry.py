@@ -133,6 +133,8 @@ def _how_to_run(row: Method) -> dict[str, str]:
     if function is None:
         values = ", ".join(f"{k}={v!r}" for k, v in changed.items())
         built = f"weft.{row.family}.{row.config.__name__}({values})"
+        if hasattr(row, "optimizer"):
+            return {"call": f"{built}.build(model)"}
         return {"call": f"weft.parametrize_(model, {built})" if hasattr(row.config, "build") else built}
     if hasattr(row, "fills"):
         needed = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]

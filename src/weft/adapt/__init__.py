@@ -6,17 +6,10 @@ them, :mod:`weft.adapt.folder` those for disk; start at :mod:`weft.adapt.lora` t
 
 from weft.adapt.attach import Adapted, adapt_
 from weft.adapt.folder import LoadedAdapter, SavedAdapter, load_adapter_, restore_adapter_, save_adapter
+from weft.adapt.galore import low_rank_basis, projected_groups, projected_state_size
+from weft.adapt.gradnormlorp import LowRankProjectedAdamW, LowRankProjection, weight_norm_gradients
 from weft.adapt.lora import LoRA
-from weft.adapt.switch import (
-    AdapterState,
-    adapters,
-    merge_,
-    remove_,
-    switch_,
-    switched,
-    train_only_,
-    unmerge_,
-)
+from weft.adapt.switch import AdapterState, adapters, merge_, remove_, switch_, switched, train_only_, unmerge_
 from weft.adapt.token_rows import TokenRows
 from weft.adapt.whole import Whole
 
@@ -25,13 +18,18 @@ __all__ = [
     "AdapterState",
     "LoRA",
     "LoadedAdapter",
+    "LowRankProjectedAdamW",
+    "LowRankProjection",
     "SavedAdapter",
     "TokenRows",
     "Whole",
     "adapt_",
     "adapters",
     "load_adapter_",
+    "low_rank_basis",
     "merge_",
+    "projected_groups",
+    "projected_state_size",
     "remove_",
     "restore_adapter_",
     "save_adapter",
@@ -39,4 +37,5 @@ __all__ = [
     "switched",
     "train_only_",
     "unmerge_",
+    "weight_norm_gradients",
 ]

@@ -27,6 +27,7 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
 
     from weft.function.initializer import InitMethod
     from weft.function.layer import LayerMethod
+    from weft.function.optimizer import OptimizerMethod
     from weft.function.protocol import FunctionMethod
 
     if isinstance(method, FunctionMethod):
@@ -41,6 +42,10 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
         from weft.contract import initializers
 
         return initializers.run
+    if isinstance(method, OptimizerMethod):
+        from weft.contract import optimizers
+
+        return optimizers.run
     raise RecipeError(f"There is no contract battery for {method.name} (family {method.family}).")
 
 
