@@ -269,6 +269,60 @@ def extract(
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
 
 
+@app.command(
+    context_settings=_METHOD_OPTIONS,
+    epilog="Example: weft adapt model/ --method lora --rank 16 --where all-linear -o adapter/",
+)
+def adapt(
+    model: Annotated[list[str], typer.Argument(help="A folder or Hub id of a transformers model.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to make; without it, only count.")] = "",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="An adapter's id; `weft methods adapt` lists them.")
+    ] = "lora",
+    where: Annotated[
+        list[str] | None, typer.Option("--where", help="Layers: a glob, a suffix, re:…, or all-linear (default).")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option("--ignore", help="Layers to leave alone.")] = None,
+    modules_to_save: Annotated[
+        list[str] | None, typer.Option("--modules-to-save", help="Modules to train whole.")
+    ] = None,
+    token_rows: Annotated[str, typer.Option("--token-rows", help="Rows of the embedding to train: 32000,32001.")] = "",
+    recipe: Annotated[str, typer.Option("--recipe", help="YAML with several methods, instead of --method.")] = "",
+    data: Annotated[
+        str, typer.Option("--data", help="Samples (.jsonl, .txt or self), for methods that start from data.")
+    ] = "",
+    name: Annotated[str, typer.Option("--name", help="Of the adapter.")] = "default",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of the forecast, and of the data.")] = 8,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens a row, likewise.")] = 512,
+    force: Force = False,
+    as_json: Json = False,
+    plugin: Plugin = None,
+) -> None:
+    """Attach an adapter to a model: what trains, what memory that takes, and a folder to train from.
+
+    The method's own parameters are options too: --rank 16 (see `weft methods lora`).
+    """
+    from weft.cli.adapt import AdaptPlan, adapt_command, adapt_text, read_plan
+
+    _load_plugins(plugin)
+    values, names = _method_options(model, method)
+    if len(names) != 1:
+        raise RecipeError(f"weft adapt takes one model, got {names}.")
+    if recipe:
+        if values or where or modules_to_save or token_rows or ignore:
+            raise RecipeError("--recipe says where and what; leave --where and the method's options to it.")
+        plan = read_plan(recipe)
+    else:
+        plan = AdaptPlan(
+            [(w, method, values) for w in where or ["all-linear"]], modules_to_save or [], [], ignore or []
+        )
+        plan.token_rows = [int(float(t)) for t in _numbers(token_rows)] if token_rows else []
+    facts = adapt_command(
+        names[0], plan, output or None, data=data, name=name, batch=batch_size, length=length, force=force
+    )
+    print(json.dumps(facts, indent=1) if as_json else adapt_text(facts))
+
+
 @app.command(epilog='Example: weft papers "fine-tunes interfere"')
 def papers(
     query: Annotated[list[str] | None, typer.Argument(help="Words for your problem, or a paper's key.")] = None,

@@ -1,0 +1,241 @@
+"""``weft adapt``: attach an adapter to a model's folder, count and forecast, and write it as a folder to train from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weft.errors import RecipeError, did_you_mean
+
+_KEYS = ("adapt", "modules_to_save", "token_rows", "ignore")
+_ENTRY = ("where", "method", "parameters")
+
+
+@dataclass
+class AdaptPlan:
+    """What to attach where.
+
+    Attributes:
+        cases: selectors with a method's id and its parameters each, in order.
+        modules_to_save, token_rows, ignore: as in ``weft.adapt_``.
+    """
+
+    cases: list[tuple[str, str, dict[str, Any]]]
+    modules_to_save: list[str] = field(default_factory=list)
+    token_rows: list[int] = field(default_factory=list)
+    ignore: list[str] = field(default_factory=list)
+
+    def configurations(self) -> dict[str, Any]:
+        """Checked configurations by selector.
+
+        Raises:
+            RecipeError: a method is no adapter, or a parameter is wrong.
+        """
+        from weft.function.protocol import FunctionMethod
+        from weft.registry import index, method
+
+        made = {}
+        for where, name, values in self.cases:
+            row = method(name)
+            if not isinstance(row, FunctionMethod) or not row.adapter:
+                known = [r["name"] for r in index() if r["family"] == "adapt"]
+                raise RecipeError(f"{name} is not an adapter.{did_you_mean(name, known)}")
+            made[where] = row.configure(values)
+        return made
+
+
+def read_plan(file: str) -> AdaptPlan:
+    """A recipe of adapters: YAML or JSON with the keys ``adapt``, ``modules_to_save``, ``token_rows`` and ``ignore``.
+
+    Raises:
+        RecipeError: a key or its value is wrong; the message names it.
+    """
+    import yaml
+
+    try:
+        raw = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{file}: cannot be read as YAML ({error}).") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("adapt"), list) or not raw["adapt"]:
+        raise RecipeError(f"{file}: needs a list `adapt` with entries of where, method and parameters.")
+    for key in raw:
+        if key not in _KEYS:
+            raise RecipeError(f"{file}: there is no key {key!r}.{did_you_mean(str(key), _KEYS)}")
+    cases = []
+    for number, entry in enumerate(raw["adapt"], 1):
+        if not isinstance(entry, dict) or "method" not in entry:
+            raise RecipeError(f"{file}: entry {number} of adapt needs a method.")
+        for key in entry:
+            if key not in _ENTRY:
+                raise RecipeError(f"{file}: entry {number} has no key {key!r}.{did_you_mean(str(key), _ENTRY)}")
+        parameters = entry.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise RecipeError(f"{file}: parameters of entry {number} must map names to values.")
+        cases.append((str(entry.get("where", "all-linear")), str(entry["method"]), parameters))
+    return AdaptPlan(cases, *(_list(file, raw, key) for key in _KEYS[1:]))
+
+
+def adapt_command(
+    model: str, plan: AdaptPlan, output: str | None, *, data: str, name: str, batch: int, length: int, force: bool
+) -> dict[str, Any]:
+    """Attach, count and forecast; with an output, from the real weights, and save.
+
+    Returns:
+        Facts for :func:`adapt_text`.
+
+    Raises:
+        CheckpointError: the model is no folder of transformers.
+        RecipeError: nothing matched, a configuration is wrong, or data is needed.
+    """
+    from weft.adapt.attach import adapt_
+    from weft.adapt.folder import save_adapter
+    from weft.calibrate.data import DataOptions, load_tokenizer, own_batches, read_batches
+    from weft.calibrate.source import FromCheckpoint
+    from weft.checkpoint.open import open_checkpoint
+
+    configurations = plan.configurations()
+    with open_checkpoint(model) as checkpoint:
+        source = FromCheckpoint(checkpoint)
+        net = source.model
+        batches = None
+        if output is not None or data:
+            source.load([n for names in source.stacks for n in names])
+            source.load_rest()
+        if data:
+            folder = checkpoint.folder or Path(model)
+            tokenizer = load_tokenizer(folder)
+            options = DataOptions(length=length, batch_size=batch)
+            batches = own_batches(net, tokenizer, options) if data == "self" else read_batches(data, tokenizer, options)
+        report = adapt_(
+            net, configurations, where="*", name=name, ignore=plan.ignore, modules_to_save=plan.modules_to_save,
+            token_rows=plan.token_rows, data=batches,
+        )  # fmt: skip
+        facts: dict[str, Any] = {
+            "line": str(report),
+            "trainable": report.trainable,
+            "total": report.total,
+            "touched": len(report.touched),
+            "untouched": len(report.untouched),
+            "unmatched": report.unmatched,
+            "configurations": {w: {"method": m, **asdict(configurations[w])} for w, m, _ in plan.cases},
+            "memory": forecast(net, batch, length),
+        }
+        if output is not None:
+            saved = save_adapter(net, output, name, base=_base_name(model, checkpoint.name), force=force)
+            facts |= {
+                "output": output,
+                "form": saved.form,
+                "why": saved.why,
+                "tensors": saved.tensors,
+                "bytes": saved.nbytes,
+            }
+    return facts
+
+
+def forecast(model: Any, batch: int, length: int) -> dict[str, int]:
+    """Bytes that training takes with AdamW, counted on a model of the same shapes without values.
+
+    Args:
+        model: of transformers, with its adapter.
+        batch, length: rows and tokens of a step.
+
+    Returns:
+        ``weights`` of the frozen model, ``trained``: parameters that train with their gradients and two moments,
+        ``kept``: what the backward pass needs of the forward pass, and ``kept_with_checkpointing``: the same if each
+        block is run again in the backward pass.
+    """
+    import copy
+
+    import torch
+
+    from weft.calibrate.source import find_blocks
+
+    shape = copy.deepcopy(model).to("meta").train()
+    trained = [p for p in shape.parameters() if p.requires_grad]
+    frozen = {id(p): p for p in [*shape.parameters(), *shape.buffers()] if not p.requires_grad}
+    skipped = {p.untyped_storage()._cdata for p in shape.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in skipped:
+            kept[storage._cdata] = storage  # held, so that its number is not given to another
+        return tensor
+
+    inside: dict[str, list[int]] = {}
+    entering = 0
+    for names in find_blocks(shape):
+        for name in names:
+            module = shape.get_submodule(name)
+            module.register_forward_pre_hook(lambda m, a, n=name: inside.setdefault(n, [len(kept)]) and None)
+            module.register_forward_hook(lambda m, a, o, n=name: inside[n].append(len(kept)))
+    facts = {
+        "weights": sum(p.nbytes for p in frozen.values()),
+        "trained": sum(p.numel() * (2 * p.element_size() + 8) for p in trained),
+    }
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            shape(**_inputs(shape, batch, length))
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
+        return facts  # a model whose forward pass needs values cannot be run without them
+    sizes = [s.nbytes() for s in kept.values()]
+    facts["kept"] = sum(sizes)
+    blocks = [sum(sizes[first:last]) for first, last in inside.values()]
+    text = shape.config.get_text_config()
+    entering = batch * length * getattr(text, "hidden_size", 0) * (2 if shape.dtype.itemsize == 2 else 4)
+    facts["kept_with_checkpointing"] = sum(sizes) - sum(blocks) + max(blocks, default=0) + len(blocks) * entering
+    return facts
+
+
+def adapt_text(facts: Mapping[str, Any]) -> str:
+    """The facts for a person."""
+    lines = [facts["line"], f"{facts['touched']} weights adapted, {facts['untouched']} left as they are"]
+    if facts["unmatched"]:
+        lines.append(f"no layer matched {', '.join(facts['unmatched'])}")
+    memory = facts["memory"]
+    lines.append(
+        f"training takes {_gigabytes(memory['weights'])} of frozen weights and {_gigabytes(memory['trained'])} for what "
+        "trains (with gradients and AdamW's moments)"
+    )
+    if "kept" in memory:
+        lines.append(
+            f"and {_gigabytes(memory['kept'])} for the backward pass, or {_gigabytes(memory['kept_with_checkpointing'])} with "
+            "gradient checkpointing"
+        )
+    if "output" in facts:
+        why = f" ({facts['why']})" if facts["why"] else ""
+        lines.append(
+            f"{facts['output']}: {facts['tensors']} tensors, {facts['bytes']:,} bytes, in the form {facts['form']}{why}"
+        )
+    return "\n".join(lines)
+
+
+def _inputs(model: Any, batch: int, length: int) -> dict[str, Any]:
+    import torch
+
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        shape = (batch, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        return {"pixel_values": torch.empty(shape, device="meta", dtype=model.dtype)}
+    tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    return {"input_ids": tokens, **({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})}
+
+
+def _base_name(model: str, name: str) -> str:
+    """What to call the base: a Hub id as it is, a folder by its own name."""
+    return name if Path(model).exists() else model
+
+
+def _list(file: str, raw: Mapping[str, Any], key: str) -> list[Any]:
+    value = raw.get(key) or []
+    value = [value] if isinstance(value, str | int) else value
+    kind = int if key == "token_rows" else str
+    if not isinstance(value, list) or not all(type(v) is kind for v in value):
+        raise RecipeError(f"{file}: {key} must be a list of {'token ids' if kind is int else 'names'}.")
+    return value
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
