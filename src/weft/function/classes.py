@@ -179,7 +179,9 @@ def _linear_forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
             return base.forward(self, x)
         y = stack.multiply(x)
         bias = self.bias
-        return y if bias is None else y + bias.to(y.dtype)  # autocast leaves sums alone
+        if bias is None:
+            return y
+        return y + (bias if bias.dtype == y.dtype else bias.to(y.dtype))  # autocast leaves sums alone
 
     return forward
 

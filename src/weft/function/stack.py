@@ -41,6 +41,7 @@ class Stack(nn.ModuleList):
         self.layout = layout
         self.trained: bool = stored.requires_grad
         self.has_product = self.has_update = False
+        self._last_update = -1
 
     def __iter__(self) -> Iterator[WeightFunction]:
         return iter(self._modules.values())
@@ -55,6 +56,8 @@ class Stack(nn.ModuleList):
         super().append(function)
         self.has_product |= function.has_product
         self.has_update |= function.has_update
+        if function.has_update:
+            self._last_update = len(self) - 1
         return self
 
     def forward(self) -> Tensor:
@@ -91,20 +94,20 @@ class Stack(nn.ModuleList):
     @torch.no_grad()
     def update(self) -> None:
         """Change the functions' buffers, innermost first. Sharded tensors are gathered one stack at a time."""
-        device = self.original.device.type
+        stored = self.original
+        device = stored.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                self._update()
+                self._update(stored)
         else:
-            self._update()
+            self._update(stored)
 
-    def _update(self) -> None:
-        last = max(i for i, f in enumerate(self) if f.has_update)
-        weight = self.layout.seen(gathered(self.original))
+    def _update(self, stored: Tensor) -> None:
+        weight = self.layout.seen(gathered(stored))
         for i, function in enumerate(self):
             if function.has_update:
                 function.update(weight)
-            if i < last:
+            if i < self._last_update:
                 weight = _with_whole_parameters(function, weight)
 
     def _through(self, count: int | None) -> Tensor:
@@ -116,11 +119,16 @@ class Stack(nn.ModuleList):
     def _inner(self, count: int) -> Inner:
         """What multiplies by the weight that the first ``count`` functions make."""
         if count == 0:
-            return partial(functional.linear, weight=self.layout.seen(self.original))
+            return partial(_times, weight=self.layout.seen(self.original))
         function = list(self)[count - 1]
         if function.has_product:
             return partial(function.product, inner=self._inner(count - 1))
-        return partial(functional.linear, weight=self.weight(count))
+        return partial(_times, weight=self.weight(count))
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """x (…, in), weight (out, in) -> (…, out). Of a vector torch's linear would make a matrix and back."""
+    return weight @ x if x.dim() == 1 else functional.linear(x, weight)
 
 
 def _with_whole_parameters(function: WeightFunction, stored: Tensor) -> Tensor:
