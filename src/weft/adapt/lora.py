@@ -75,14 +75,16 @@ class _LoRA(WeightFunction):
         bound = 1 / math.sqrt(inputs)  # nn.Linear's own start, which LoRA uses for A
         nn.init.uniform_(self.A, -bound, bound)
 
+    # not torch.add(..., alpha=scale): inductor (torch 2.13) makes one addmm of a product and such a sum, without alpha
+
     def forward(self, stored: Tensor) -> Tensor:
-        change = (self.B @ self.A).reshape(stored.shape)
-        return torch.add(stored, change, alpha=self.scale).to(stored.dtype)
+        change = self.B @ (self.A * self.scale)
+        return (stored + change.reshape(stored.shape)).to(stored.dtype)
 
     def product(self, x: Tensor, inner: Inner) -> Tensor:
         y = inner(x)
-        change = functional.linear(functional.linear(x.to(self.A.dtype), self.A), self.B)
-        return torch.add(y, change, alpha=self.scale).to(y.dtype)
+        change = functional.linear(functional.linear(x.to(self.A.dtype), self.A) * self.scale, self.B)
+        return (y + change).to(y.dtype)
 
 
 METHODS = (
