@@ -80,8 +80,8 @@ def top_singular(matrices: Tensor, size: int = _KRYLOV) -> tuple[Tensor, Tensor,
     if out < inputs:
         u, sigma, v = top_singular(matrices.mT, size)
         return v, sigma, u
-    generator = torch.Generator().manual_seed(0)  # any start but one orthogonal to u will do
-    start = torch.randn(*stack, inputs, 1, generator=generator, dtype=matrices.dtype).to(matrices.device)
+    generator = torch.Generator("cpu").manual_seed(0)  # any start but one orthogonal to u will do
+    start = torch.randn(*stack, inputs, 1, generator=generator, dtype=matrices.dtype, device="cpu").to(matrices.device)
     basis = start / start.norm(dim=-2, keepdim=True)
     for _ in range(min(size, inputs) - 1):
         following = matrices.mT @ (matrices @ basis[..., -1:])
