@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 WORKERS ?= 2
 
-.PHONY: demo test check bench docs install format clean
+.PHONY: demo test nightly check bench docs install format clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ demo: $(STAMP)   ## the main job on real models, about two minutes
 
 test: $(STAMP)   ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+nightly: $(STAMP) ## every function and layer through inductor: needs a C++ compiler, takes a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --show-capture=no tests/nightly/inductor.py
 
 check: $(STAMP)  ## format, lint, types, house rules
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """What weight functions cost: microseconds a call, and seconds and memory to attach and bake on a 0.5 B model.
 
-python benchmarks/functions.py        writes benchmarks/results/functions.json; needs 5 GB of memory, takes minutes
+python benchmarks/functions.py           writes benchmarks/results/functions.json; needs 5 GB of memory, takes minutes
+python benchmarks/functions.py --calls   measures calls anew, and keeps what the file says of the whole model
 
 PEFT's LoRA stands beside. Calls are measured in short blocks, all layers in turn, and the median and the least of the
 blocks are given: on a shared machine the least is what the code costs. Attaching and baking run in a process each.
@@ -152,33 +153,45 @@ def attach_and_bake(name: str, parameters: float) -> dict[str, Any]:
     return {**size, "attach": attached, "bake": baked}
 
 
+def whole_models(parameters: float) -> dict[str, Any]:
+    """Attaching to and baking a whole model, each function in a process of its own."""
+    result: dict[str, Any] = {
+        "model": f"Llama-shaped, bfloat16, {parameters / 1e9:g} B parameters, all linear layers but the head",
+        "peak": "resident memory without file pages, on top of the model before the step",
+    }
+    for name in (*WHOLE, "peft lora"):
+        command = [sys.executable, __file__, "--whole", name, "--parameters", str(parameters)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        result[name] = json.loads(output.splitlines()[-1])
+        print(name, json.dumps(result[name]), flush=True)
+    return result
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=1000)
     parser.add_argument("--parameters", type=float, default=0.5e9)
+    parser.add_argument("--calls", action="store_true", help="measure calls only; the rest of the file stays")
     parser.add_argument("--whole", help="measure one method on a whole model, and print it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.whole:
         print(json.dumps(attach_and_bake(arguments.whole, arguments.parameters)))
         return
+    load = os.getloadavg()[0]
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, 1 thread",
         "call": f"microseconds of a 16 x 16 linear layer on 4 rows, {arguments.blocks} blocks of {BLOCK} calls in turn",
+        "load_before_calls": round(load, 2),
         "goal_on_top": GOAL_MICROSECONDS,
         "training": calls(16, arguments.blocks, training=True),
         "evaluation": calls(16, arguments.blocks, training=False),
-        "whole_model": {
-            "model": f"Llama-shaped, bfloat16, {arguments.parameters / 1e9:g} B parameters, all linear layers but the head",
-            "peak": "resident memory without file pages, on top of the model before the step",
-        },
     }
-    for name in (*WHOLE, "peft lora"):
-        command = [sys.executable, __file__, "--whole", name, "--parameters", str(arguments.parameters)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        result["whole_model"][name] = json.loads(output.splitlines()[-1])
-        print(name, json.dumps(result["whole_model"][name]), flush=True)
+    if arguments.calls:
+        result["whole_model"] = json.loads(RESULTS.read_text())["whole_model"]
+    else:
+        result["whole_model"] = whole_models(arguments.parameters)
     for mode in ("training", "evaluation"):
         for name, row in result[mode].items():
             print(f"{mode:10}  {name:32} {row['least']:6.1f} µs, {row['on_top_least']:6.1f} on top")

@@ -1,6 +1,7 @@
 """Attaching to what models really have, and baking."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -672,3 +673,110 @@ def test_threads_may_share_a_model() -> None:
 @torch.no_grad()
 def forward(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(tokens).logits
+
+
+# what others do to a model
+
+
+def test_torchs_parametrizations_do_not_get_into_a_class_that_other_layers_share() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    for layer in (first, second):
+        weft.parametrize_(layer, LoRA(rank=1))
+    names, x = list(first.state_dict()), torch.randn(2, 4)
+    before = first(x)
+    with pytest.raises(RecipeError, match=r"'bias' of a module whose 'weight' weft computes .* weft\.bake_ first"):
+        nn.utils.parametrize.register_parametrization(first, "bias", nn.Identity())
+    assert list(first.state_dict()) == names
+    assert torch.equal(first(x), before)
+    assert second.bias is not None
+
+
+@pytest.mark.parametrize("config", [LoRA(rank=1), WeightCompander(expansion=2.0)])
+def test_a_tie_to_a_part_that_was_attached_alone_is_noticed(config: object) -> None:
+    model = Tied()
+    weft.parametrize_(model.head, WeightStandardization())
+    before = model.head.weight.detach().clone()
+    with pytest.raises(RecipeError, match=r"embed\.weight is what head\.weight is computed from"):
+        weft.parametrize_(model, config, where="embed")
+    assert torch.equal(model.head.weight, before)
+    assert list(weft.functions(model)) == ["head.weight"]
+
+
+def test_two_parameters_in_one_memory_are_not_turned_into_latents_twice() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight)
+    before = model[0].weight.detach().clone()
+    for where in ("*", "1"):
+        with pytest.raises(RecipeError, match=r"weight and \d\.weight are two parameters in one memory"):
+            weft.parametrize_(model, WeightCompander(expansion=2.0), where=where)
+    assert torch.equal(model[0].weight, before)
+    weft.parametrize_(model, WeightStandardization())  # changes nothing that is stored
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_copied_after_a_pass_and_a_cast(kind: type) -> None:
+    layer, x = kind(4, 6, num_layers=2), torch.randn(5, 2, 4)
+    weft.parametrize_(layer, LoRA(rank=2), name="weight_hh_l0")
+    nn.init.normal_(layer.parametrizations.weight_hh_l0[0].B)
+    y, _ = layer(x)
+    for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer.double()).float()):
+        torch.testing.assert_close(made(x)[0], y)
+        with torch.no_grad():
+            made.parametrizations.weight_hh_l0[0].B.zero_()
+        assert not torch.allclose(made(x)[0], y), "it goes on with an old value"
+
+
+def test_a_copy_made_in_a_forward_pass_is_whole() -> None:
+    class Copies(ReadsTwice):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.made.append(copy.deepcopy(self))
+            return y
+
+    layer = Copies()
+    layer.made = []
+    attached(layer)
+    layer(torch.ones(1, 2))
+    made = layer.made[0]
+    with torch.no_grad():
+        made.parametrizations.weight.original.zero_()
+    assert torch.equal(made.weight, torch.zeros(2, 2)), "it goes on with the value of the pass"
+
+
+@pytest.mark.parametrize("config", [LoRA(rank=1), SigmaReparam(), WeightStandardization(), WeightCompander()])
+def test_empty_weights_are_refused(config: object) -> None:
+    layer = nn.Module()
+    for shape in ((0, 4), (4, 0)):
+        layer.weight = nn.Parameter(torch.zeros(shape))
+        with pytest.raises(RecipeError, match=r"weight of shape \[\d, \d\] has no elements; leave it out"):
+            weft.parametrize_(layer, config)
+
+
+def test_an_optimizer_made_before_does_not_move_what_a_function_freezes() -> None:
+    layer = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 4)).sum().backward()
+    weft.parametrize_(layer, LoRA(rank=1))
+    before = layer.parametrizations.weight.original.clone()
+    optimizer.step()  # with the gradients of before, but for the frozen one
+    assert torch.equal(layer.parametrizations.weight.original, before)
+
+
+@pytest.mark.parametrize("config", [LoRA(rank=1), SigmaReparam(), WeightStandardization(), WeightCompander()])
+def test_functions_are_made_where_the_weight_is_whatever_the_default_device(config: object) -> None:
+    layer = nn.Linear(4, 4)
+    with torch.device("meta"):
+        weft.parametrize_(layer, config)
+    assert layer(torch.ones(1, 4)).isfinite().all()
+    with torch.device("meta"):
+        built = nn.Linear(4, 4)
+    weft.parametrize_(built, config)
+    assert all(t.is_meta for t in built.state_dict().values())
+
+
+def test_embeddings_with_sparse_gradients_are_refused() -> None:
+    for layer in (nn.Embedding(6, 4, sparse=True), nn.EmbeddingBag(6, 4, sparse=True)):
+        with pytest.raises(RecipeError, match="weight has sparse gradients"):
+            weft.parametrize_(layer, LoRA(rank=1))
+        layer.sparse = False
+        weft.parametrize_(layer, LoRA(rank=1))

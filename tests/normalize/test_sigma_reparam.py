@@ -249,3 +249,18 @@ def test_a_matrix_that_becomes_zero_in_training_stays_finite() -> None:
     assert torch.equal(layer.weight, torch.zeros(2, 3))
     assert layer.parametrizations.weight.original.grad.isfinite().all()
     assert layer.parametrizations.weight.original.grad.any(), "it cannot leave zero"
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_matrix_that_was_zero_for_a_step_is_normalised_again(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = nn.Module()
+    layer.register_parameter("weight", nn.Parameter(torch.randn(shape, dtype=dtype)))
+    attached(layer, gain="one", iterations=30)
+    stack, moved = layer.parametrizations.weight, torch.randn(shape, dtype=dtype)
+    for value in (torch.zeros_like(moved), moved):
+        with torch.no_grad():
+            stack.original.copy_(value)
+        stack.update()
+    norms = torch.linalg.matrix_norm(layer.weight.detach().double(), 2)
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-3)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.errors import RecipeError
-from weft.function.adapter import Adapter, PeftForm
+from weft.function.adapter import Adapter, PeftForm, scaled_sum
 from weft.function.protocol import FunctionMethod, Gather, Inner, WeightFunction, as_matrix, wide
 from weft.method import parameter
 
@@ -127,7 +127,7 @@ class _LoRA(Adapter):
             return super().product(x, inner)
         y, thin = inner(x), self._thin(x)
         if y.dtype != thin.dtype:
-            return torch.add(y, functional.linear(thin, self.B), alpha=self.scale * self.strength).to(y.dtype)
+            return scaled_sum(y, functional.linear(thin, self.B), self.scale * self.strength).to(y.dtype)
         # product, scale and sum in one pass over y, and no second y for the backward pass
         rows = torch.addmm(y.flatten(0, -2), thin.flatten(0, -2), self.B.mT, alpha=self.scale * self.strength)
         return rows.view(y.shape)

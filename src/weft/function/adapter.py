@@ -81,18 +81,31 @@ class Adapter(WeightFunction):
         """See the base."""
         if not self.enabled:
             return stored
-        return torch.add(stored, self.change(stored), alpha=self.scale * self.strength).to(stored.dtype)
+        return scaled_sum(stored, self.change(stored), self.scale * self.strength).to(stored.dtype)
 
     def product(self, x: Tensor, inner: Inner) -> Tensor:
         """See the base."""
         y = inner(x)
         if not self.enabled:
             return y
-        return torch.add(y, self.changed(x), alpha=self.scale * self.strength).to(y.dtype)
+        return scaled_sum(y, self.changed(x), self.scale * self.strength).to(y.dtype)
 
     def lookup(self, gather: Gather, inner: Looked) -> Tensor:
         """See the base."""
         y = inner(gather)
         if not self.enabled:
             return y
-        return torch.add(y, self.change_rows(gather), alpha=self.scale * self.strength).to(y.dtype)
+        return scaled_sum(y, self.change_rows(gather), self.scale * self.strength).to(y.dtype)
+
+
+def scaled_sum(value: Tensor, change: Tensor, scale: float) -> Tensor:
+    """value + scale · change, in one pass where that is safe.
+
+    Inductor (torch 2.13) makes one ``addmm`` of a product and ``torch.add(…, alpha=scale)``, and drops the scale.
+
+    >>> scaled_sum(torch.ones(2), torch.ones(2), 0.5)
+    tensor([1.5000, 1.5000])
+    """
+    if torch.compiler.is_compiling():
+        return value + scale * change
+    return torch.add(value, change, alpha=scale)

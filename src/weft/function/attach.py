@@ -144,7 +144,7 @@ def bake_(model: nn.Module, where: Selector = "*", *, ignore: Selector = ()) -> 
     function was attached.
 
     Args:
-        model: a model with functions attached.
+        model: a model with functions attached. Ties to tensors outside of it are not seen, and end.
         where, ignore: which layers, see :mod:`weft.function.where`.
 
     Returns:
@@ -195,6 +195,7 @@ def _attach(
     for place in places:
         groups.setdefault(id(place.held), []).append(place)
     wanted: list[tuple[list[_Place], _Place, Layout]] = []
+    sources = {id(p.held.original): p.full for p in places if isinstance(p.held, Stack)}
     for tied in groups.values():
         first = next((p for p in tied if p.full in chosen), None)
         if first is None:
@@ -210,6 +211,15 @@ def _attach(
             raise RecipeError(f"{first.full} has no shape yet; run the model once before attaching functions.")
         if isinstance(first.held, Stack) and first.held.merged is not None:
             raise RecipeError(f"{first.full} has merged adapters; call weft.adapt.unmerge_(model) first.")
+        if id(first.held) in sources:
+            raise RecipeError(
+                f"{first.full} is what {sources[id(first.held)]} is computed from: the two were tied when a function was "
+                "attached to a part of the model that holds one of them. Attach to the whole model, or untie them first."
+            )
+        if any(isinstance(p.module, nn.Embedding | nn.EmbeddingBag) and p.module.sparse for p in tied):
+            raise RecipeError(
+                f"{first.full} has sparse gradients, which do not pass through functions; set `sparse = False`."
+            )
         wanted.append((tied, first, _layout(first)))
     builders = _planned(model, [(f, layout, chosen[f.full]) for _, f, layout in wanted], data)
     built: list[tuple[list[_Place], Any, WeightFunction, Layout]] = []
@@ -218,8 +228,11 @@ def _attach(
         builder = builders.get(first.full)
         if builder is None:
             report.untouched += [p.full for p in tied]
-        else:
-            built.append((tied, chosen[first.full], _built(first, builder, layout, tried), layout))
+            continue
+        function = _built(first, builder, layout, tried)
+        if _stores_otherwise(function):
+            _refuse_shared_memory(first, places)
+        built.append((tied, chosen[first.full], function, layout))
     if not built:
         raise RecipeError("No chosen weight gets a function: the configuration's plan left all of them out.")
     for tied, config, function, layout in built:
@@ -259,8 +272,11 @@ def _built(place: _Place, config: Any, layout: Layout, tried: set[Any]) -> Weigh
     """The function for a weight, tried on one weight of each kind: on a large model, on all would take seconds."""
     with torch.no_grad():
         weight = place.held.weight() if isinstance(place.held, Stack) else layout.seen(place.held.detach())
+        if weight.numel() == 0:
+            raise RecipeError(f"{place.full}: a weight of shape {list(weight.shape)} has no elements; leave it out.")
         try:
-            function: WeightFunction = config.build(weight, batched=layout.batched)
+            with torch.device(weight.device):  # the default device may be another, or none
+                function: WeightFunction = config.build(weight, batched=layout.batched)
         except RecipeError as error:
             raise RecipeError(f"{place.full}: {error}") from None
         function = function.to(weight.device).train(place.module.training)
@@ -294,7 +310,26 @@ def _put(held: Tensor | Stack, function: WeightFunction, layout: Layout) -> Stac
     stack.append(function)
     if function.freezes:
         stack.original.requires_grad_(False)
+        stack.original.grad = None  # an optimizer made before would still take a step with it
     return stack
+
+
+def _refuse_shared_memory(place: _Place, places: list[_Place]) -> None:
+    """A tensor that gets other values may not lie in the memory of one that is not tied to it."""
+    here = _memory(place)
+    for other in places:
+        if other.held is not place.held and _is_weight(other) and _memory(other) == here:
+            raise RecipeError(
+                f"{place.full} and {other.full} are two parameters in one memory, as `nn.Parameter(other)` makes, and "
+                "what is stored would be changed twice. Assign one of them to the other, or copy it."
+            )
+
+
+def _memory(place: _Place) -> Any:
+    stored = place.held.original if isinstance(place.held, Stack) else place.held
+    if isinstance(stored, nn.parameter.UninitializedTensorMixin) or stored.layout != torch.strided:
+        return id(stored)
+    return stored.untyped_storage()._cdata, stored.storage_offset()
 
 
 def _stores_otherwise(function: WeightFunction) -> bool:

@@ -46,7 +46,7 @@ def carrier(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 @cache
 def _carrier(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return empty, (base, names), self.__getstate__()
+        return empty, (base, names), _state(self)
 
     space: dict[str, Any] = {
         "weft_base": base,
@@ -79,6 +79,34 @@ def empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return made.__new__(made)
 
 
+def _state(module: Any) -> dict[str, Any]:
+    """What a copy or a pickle holds of a module: no values that belong to one forward pass."""
+    state = {n: v for n, v in module.__getstate__().items() if n != _HELD}
+    if isinstance(module, nn.RNNBase):  # keeps its computed weights too, which cannot be copied with their graph
+        state["_flat_weights"] = [w if w is None or w.is_leaf else w.detach() for w in module._flat_weights]
+    return state
+
+
+class _Stacks(nn.ModuleDict):
+    """What computes each tensor of a module, by name.
+
+    torch's own parametrizations would put a property for one more tensor into the module's class, which others share.
+    Before they do they ask whether the name is here, and take what is. So all names are here, and taking one that
+    nothing computes is refused: nothing has changed by then.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._modules:
+            raise RecipeError(
+                f"{name!r} of a module whose {', '.join(map(repr, self._modules))} weft computes cannot have "
+                "parametrizations of torch; attach a weft function to it, or call weft.bake_ first."
+            )
+        return self._modules[name]
+
+
 def unwrapped(model: Any) -> Any:
     """The model inside torch.compile's and DistributedDataParallel's wrappers: names are those of the plain model."""
     while True:
@@ -93,7 +121,7 @@ def unwrapped(model: Any) -> Any:
 def put_on(module: nn.Module, name: str, stack: Stack) -> None:
     """Make tensor ``name`` of ``module`` computed by ``stack``."""
     if "parametrizations" not in module._modules:
-        module.parametrizations = nn.ModuleDict()
+        module.parametrizations = _Stacks()
         module.__dict__[_ORDER] = tuple(module._parameters)
     base = getattr(type(module), "weft_base", type(module))
     names = getattr(type(module), "weft_names", ())
@@ -182,7 +210,9 @@ def _linear_forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
             return base.forward(self, x)
         y = stack.multiply(x)
         bias = self.bias
-        return y if bias is None else y + bias.to(y.dtype)  # autocast leaves sums alone
+        if bias is None:
+            return y
+        return y + (bias if bias.dtype == y.dtype else bias.to(y.dtype))  # autocast leaves sums alone
 
     return forward
 

@@ -109,7 +109,7 @@ def as_matrix(weight: Tensor) -> Tensor:
     >>> as_matrix(torch.zeros(4, 3, 5, 5)).shape
     torch.Size([4, 75])
     """
-    return weight.reshape(weight.shape[0], -1)
+    return weight if weight.dim() == 2 else weight.reshape(weight.shape[0], -1)
 
 
 def wide(weight: Tensor) -> torch.dtype:

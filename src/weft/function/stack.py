@@ -51,6 +51,7 @@ class Stack(nn.ModuleList):
         self.has_product = any(f.has_product and f.enabled for f in self)
         self.has_lookup = any(f.has_lookup and f.enabled for f in self)
         self.has_update = any(f.has_update for f in self)
+        self._last_update = max((i for i, f in enumerate(self) if f.has_update), default=-1)
 
     def __iter__(self) -> Iterator[WeightFunction]:
         return iter(self._modules.values())
@@ -135,20 +136,20 @@ class Stack(nn.ModuleList):
     @torch.no_grad()
     def update(self) -> None:
         """Change the functions' buffers, innermost first. Sharded tensors are gathered one stack at a time."""
-        device = self.original.device.type
+        stored = self.original
+        device = stored.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                self._update()
+                self._update(stored)
         else:
-            self._update()
+            self._update(stored)
 
-    def _update(self) -> None:
-        last = max(i for i, f in enumerate(self) if f.has_update)
-        weight = self.layout.seen(gathered(self.original))
+    def _update(self, stored: Tensor) -> None:
+        weight = self.layout.seen(gathered(stored))
         for i, function in enumerate(self):
             if function.has_update:
                 function.update(weight)
-            if i < last:
+            if i < self._last_update:
                 weight = _with_whole_parameters(function, weight)
 
     def _through(self, count: int | None) -> Tensor:
@@ -160,11 +161,11 @@ class Stack(nn.ModuleList):
     def _inner(self, count: int) -> Inner:
         """What multiplies by the weight that the first ``count`` functions make."""
         if count == 0:
-            return partial(functional.linear, weight=self.layout.seen(self.original))
+            return partial(_times, weight=self.layout.seen(self.original))
         function = list(self)[count - 1]
         if function.has_product:
             return partial(function.product, inner=self._inner(count - 1))
-        return partial(functional.linear, weight=self.weight(count))
+        return partial(_times, weight=self.weight(count))
 
     def _looked(self, count: int) -> Looked:
         """What takes rows of the weight that the first ``count`` functions make."""
@@ -174,6 +175,11 @@ class Stack(nn.ModuleList):
         if function.has_lookup:
             return partial(function.lookup, inner=self._looked(count - 1))
         return partial(_take, table=self.weight(count))
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """x (…, in), weight (out, in) -> (…, out). Of a vector torch's linear would make a matrix and back."""
+    return weight @ x if x.dim() == 1 else functional.linear(x, weight)
 
 
 def _take(gather: Gather, table: Tensor) -> Tensor:

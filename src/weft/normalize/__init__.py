@@ -12,6 +12,12 @@ from weft.normalize.attention_entropy import (
     logit_deviation,
 )
 from weft.normalize.batch_channel_norm import BatchChannelNorm2d, EstimatedBatchNorm2d
+from weft.normalize.convert import (
+    convert_ghost_batch_norm_,
+    convert_layer_norm_cells_,
+    layer_norm_gru_cell,
+    layer_norm_lstm_cell,
+)
 from weft.normalize.crms_norm import CRMSNorm, crms_norm, drop_input, restore_feature
 from weft.normalize.fold import fold_affine, fold_into_
 from weft.normalize.ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, adapt_regime, scale_learning_rate
@@ -23,11 +29,13 @@ from weft.normalize.scaled_weight_standardization import ScaledWeightStandardiza
 from weft.normalize.sigma_reparam import SigmaReparam
 from weft.normalize.unified_norm import UnifiedNorm
 from weft.normalize.weight_compander import WeightCompander, compand, expand
+from weft.normalize.weight_distance import DistanceFit, WeightDistance, fit_distance
 from weft.normalize.weight_standardization import WeightStandardization, standardize
 
 __all__ = [
     "BatchChannelNorm2d",
     "CRMSNorm",
+    "DistanceFit",
     "EntropyMonitor",
     "EstimatedBatchNorm2d",
     "GhostBatchNorm1d",
@@ -41,6 +49,7 @@ __all__ = [
     "SigmaReparam",
     "UnifiedNorm",
     "WeightCompander",
+    "WeightDistance",
     "WeightStandardization",
     "adapt_regime",
     "attention_entropy",
@@ -48,11 +57,16 @@ __all__ = [
     "center_output",
     "clip_grad_adaptive_",
     "compand",
+    "convert_ghost_batch_norm_",
+    "convert_layer_norm_cells_",
     "crms_norm",
     "drop_input",
     "expand",
+    "fit_distance",
     "fold_affine",
     "fold_into_",
+    "layer_norm_gru_cell",
+    "layer_norm_lstm_cell",
     "logit_deviation",
     "progressive_ratios",
     "restore_feature",

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from weft.errors import RecipeError, ShapeError
 from weft.function.layer import LayerMethod
@@ -133,7 +134,10 @@ class GhostBatchNorm1d(nn.Module):
         check_features(x, 1, self.features, type(self).__name__)
         wide = widened(x)
         if not self.training:
-            return self._affine(wide.unsqueeze(0), self.running_mean, self.running_var).squeeze(0).to(x.dtype)
+            mean, variance, weight, bias = (
+                s.to(wide.dtype) for s in (self.running_mean, self.running_var, self.weight, self.bias)
+            )
+            return functional.batch_norm(wide, mean, variance, weight, bias, eps=self.eps).to(x.dtype)
         size = self.ghost_size
         count = max(1, len(x) // size)
         equal = count if len(x) == count * size else count - 1  # parts of exactly ``size``

@@ -102,7 +102,7 @@ class LayerNormLSTMCell(nn.Module):
         self.norm_cell = PartNorm(hidden, eps=eps)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """x (batch, inputs), (h, c) -> new (h, c), each (batch, hidden)."""
+        """x (batch, inputs), (h, c) -> new (h, c), each (batch, hidden); or all without the batch."""
         return self._step(self._project(x), state or self._start(x))
 
     def unroll(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -118,7 +118,7 @@ class LayerNormLSTMCell(nn.Module):
         return self.norm_input(functional.linear(x, self.weight_ih)) + self.bias
 
     def _start(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        zeros = x.new_zeros(len(x), self.hidden)
+        zeros = x.new_zeros(*x.shape[:-1], self.hidden)
         return zeros, zeros
 
     def _step(self, projected: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -157,8 +157,8 @@ class LayerNormGRUCell(nn.Module):
         self.norm_hidden_candidate = PartNorm(hidden, eps=eps)
 
     def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
-        """x (batch, inputs), h (batch, hidden) -> new h."""
-        return self._step(self._project(x), x.new_zeros(len(x), self.hidden) if h is None else h)
+        """x (batch, inputs), h (batch, hidden) -> new h; or all without the batch."""
+        return self._step(self._project(x), x.new_zeros(*x.shape[:-1], self.hidden) if h is None else h)
 
     def unroll(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (time, batch, inputs) -> all h (time, batch, hidden) and the last one."""

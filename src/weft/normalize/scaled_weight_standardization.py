@@ -66,8 +66,9 @@ def scaled_standardize(weight: Tensor, gain: Tensor | None = None, *, scale: flo
     >>> scaled_standardize(torch.tensor([[0.0, 2.0]]), eps=0).square().sum().item().__round__(6)
     1.0
     """
+    n = weight.shape[-1]
     variance, mean = torch.var_mean(weight, dim=-1, keepdim=True, correction=0)
-    factor = scale * torch.rsqrt((variance * weight.shape[-1]).clamp_min(eps))
+    factor = torch.rsqrt(variance.clamp_min(eps / n)) * (scale * n**-0.5)
     return (weight - mean) * (factor if gain is None else factor * gain.unsqueeze(-1))
 
 
@@ -82,7 +83,7 @@ class _ScaledStandardize(WeightFunction):
     def forward(self, stored: Tensor) -> Tensor:
         rows = stored if self.batched else as_matrix(stored)
         made = scaled_standardize(rows, self.gain, scale=self.config.scale, eps=self.config.eps)
-        return made.reshape(stored.shape)
+        return made if made.shape == stored.shape else made.reshape(stored.shape)
 
 
 METHODS = (

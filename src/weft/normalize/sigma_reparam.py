@@ -12,7 +12,8 @@ Differences from the paper and its code: the official code makes new layers and 
 at σ(W), which leaves the model's outputs as they were (``gain="one"`` starts at 1, for training from scratch). Both
 vectors are kept and move once a step, in training only; the official code moves one in each forward pass, and starts
 it from a whole singular value decomposition instead of the best vector of a Krylov space. Grouped convolutions work: a
-kernel is a matrix of (out, in/groups · …). A weight of zeros has no norm and is refused.
+kernel is a matrix of (out, in/groups · …). A weight of zeros has no norm and is refused; one that becomes zero in
+training keeps its vectors (10⁻¹⁵ of the old vector is added to each product) and is normalised again when it moves on.
 Complexity: three products of a matrix and a vector a step, and two more backwards; 94 when attached. Re-implemented
 from the equations (official code: a licence that is not open source).
 """
@@ -29,6 +30,7 @@ from weft.function.protocol import FunctionMethod, Inner, WeightFunction, as_mat
 from weft.method import parameter
 
 _TINY = 1e-12
+_TRACE = 1e-15  # no less: its square over the elements of a vector must not underflow in float32
 _KRYLOV = (
     32  # the norm of a Gaussian 1024 x 2764 matrix comes out within 2e-4, and of one with 32 rows or columns exactly
 )
@@ -78,8 +80,8 @@ def top_singular(matrices: Tensor, size: int = _KRYLOV) -> tuple[Tensor, Tensor,
     if out < inputs:
         u, sigma, v = top_singular(matrices.mT, size)
         return v, sigma, u
-    generator = torch.Generator().manual_seed(0)  # any start but one orthogonal to u will do
-    start = torch.randn(*stack, inputs, 1, generator=generator, dtype=matrices.dtype).to(matrices.device)
+    generator = torch.Generator("cpu").manual_seed(0)  # any start but one orthogonal to u will do
+    start = torch.randn(*stack, inputs, 1, generator=generator, dtype=matrices.dtype, device="cpu").to(matrices.device)
     basis = start / start.norm(dim=-2, keepdim=True)
     for _ in range(min(size, inputs) - 1):
         following = matrices.mT @ (matrices @ basis[..., -1:])
@@ -109,40 +111,53 @@ class _SigmaReparam(WeightFunction):
         self.gain = nn.Parameter(start.to(weight.dtype))
 
     def forward(self, stored: Tensor) -> Tensor:
-        matrices = self._matrices(stored).to(wide(stored))
-        scale = self._scale(_times(matrices, self._vector(self.u, matrices.dtype)))  # (…, 1)
-        return (matrices * (scale.unsqueeze(-1) if self.batched else scale)).to(stored.dtype).reshape(stored.shape)
+        matrices = _cast(self._matrices(stored), wide(stored))
+        scale = self._scale(_times(matrices, self._vector("u", matrices.dtype)))
+        scaled = matrices * (scale.reshape(-1, 1, 1) if self.batched else scale)
+        return _cast(scaled, stored.dtype).reshape(stored.shape)
 
     def product(self, x: Tensor, inner: Inner) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                image = inner(self._vector(self.u, self.gain.dtype))
+        u = self._vector("u", self.gain.dtype)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                image = inner(u)
         else:
-            image = inner(self._vector(self.u, self.gain.dtype))
+            image = inner(u)
         y = inner(x)
-        return (y * self._scale(image.to(wide(image)))).to(y.dtype)
+        return _cast(y * self._scale(_cast(image, wide(image))), y.dtype)
 
     def update(self, stored: Tensor) -> None:
-        matrices = self._matrices(stored).to(wide(stored))
-        u, v = self.u.to(matrices.dtype), self.v
+        matrices = _cast(self._matrices(stored), wide(stored))
+        held = self._buffers["v"], self._buffers["u"]
+        v, u = (_cast(h, matrices.dtype) for h in held)
+        transposed = matrices.mT
         for _ in range(self.config.iterations):
-            v = _normalized(_times(matrices, u))
-            u = _normalized(_times(matrices.mT, v))
-        self.v.copy_(v)
-        self.u.copy_(u)
+            _step(v, matrices, u)
+            _step(u, transposed, v)
+        if v is not held[0]:  # a model cast to a narrower type after attaching
+            held[0].copy_(v)
+            held[1].copy_(u)
 
     def _scale(self, image: Tensor) -> Tensor:
-        """γ / σ from W u, (…, out) -> (…, 1)."""
-        sigma = (self._vector(self.v, image.dtype) * image).sum(-1, keepdim=True)
-        gain = self.gain.unsqueeze(-1) if self.batched else self.gain
-        return gain / torch.where(sigma == 0, 1.0, sigma)
+        """γ / σ from W u, (…, out) -> (…)."""
+        v = self._vector("v", image.dtype)
+        sigma = (v * image).sum(-1) if self.batched else torch.dot(v, image)
+        return self.gain / torch.where(sigma.logical_not(), 1.0, sigma)
 
-    def _vector(self, vector: Tensor, dtype: torch.dtype) -> Tensor:
+    def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
+        vector = self._buffers[name]
         # the next forward pass in training changes the vector in place, and this one's backward pass still needs it
-        return vector.to(dtype, copy=self.training)
+        copied = self.training and vector.dtype == dtype
+        return vector.clone() if copied else _cast(vector, dtype)
 
     def _matrices(self, weight: Tensor) -> Tensor:
         return weight if self.batched else as_matrix(weight)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype. A call of ``to`` that has nothing to do takes as long as a small product."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
@@ -150,8 +165,17 @@ def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
     return matrices @ vectors if matrices.dim() == 2 else (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
 
 
-def _normalized(vector: Tensor) -> Tensor:
-    return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(_TINY)
+def _step(vector: Tensor, matrices: Tensor, other: Tensor) -> None:
+    """Make ``vector`` (…, a) that of ``matrices`` (…, a, b) times ``other`` (…, b), of length one.
+
+    A trace of the vector itself is added: where the matrix is zero it stays as it is, and can follow the matrix later.
+    """
+    if matrices.dim() == 2:
+        vector.addmv_(matrices, other, beta=_TRACE)
+        vector.div_(torch.linalg.vector_norm(vector))
+    else:
+        vector.mul_(_TRACE).add_(_times(matrices, other))
+        vector.div_(torch.linalg.vector_norm(vector, dim=-1, keepdim=True))
 
 
 METHODS = (
