@@ -4,6 +4,18 @@ Functions end in an underscore and fill in place, as those of ``torch.nn.init`` 
 :mod:`weft.init.generalized_gaussian`. What they measure first (spectra, graphs, activations) they return.
 """
 
+from weft.init.cosine import dct, idct, select_modes
 from weft.init.generalized_gaussian import generalized_gaussian_
+from weft.init.spectral import SpectralConv, spectral_variance_preserving_
+from weft.init.transform_once import TransformOnce, TransformOnceLayer
 
-__all__ = ["generalized_gaussian_"]
+__all__ = [
+    "SpectralConv",
+    "TransformOnce",
+    "TransformOnceLayer",
+    "dct",
+    "generalized_gaussian_",
+    "idct",
+    "select_modes",
+    "spectral_variance_preserving_",
+]
