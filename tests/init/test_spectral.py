@@ -84,6 +84,17 @@ def test_all_frequencies_with_identities_are_the_identity() -> None:
         torch.testing.assert_close(layer(x), x)
 
 
+@pytest.mark.parametrize("transform", ["dct", "rfft"])
+def test_gradients_in_two_dimensions(transform: str) -> None:
+    layer = SpectralConv(1, 2, (2, 3), (5, 6), transform=transform).double()
+
+    def compute(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    x = torch.randn(1, 1, 5, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(compute, (x, layer.weight.detach().clone().requires_grad_()))
+
+
 def test_the_same_operator_on_a_finer_grid() -> None:
     layer = SpectralConv(1, 1, modes=4, size=16).double()
     coarse, fine = (((torch.arange(n, dtype=torch.float64) + 0.5) / n).reshape(1, 1, n) for n in (16, 48))

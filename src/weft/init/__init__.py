@@ -6,16 +6,28 @@ Functions end in an underscore and fill in place, as those of ``torch.nn.init`` 
 
 from weft.init.cosine import dct, idct, select_modes
 from weft.init.generalized_gaussian import generalized_gaussian_
+from weft.init.group_rational import GroupRational, RationalFit, fit_rational, rational
+from weft.init.kat import GRKAN, activation_gain, gr_kan_variance_preserving_, replace_activations_
+from weft.init.mimetic import mimetic_attention_
 from weft.init.spectral import SpectralConv, spectral_variance_preserving_
 from weft.init.transform_once import TransformOnce, TransformOnceLayer
 
 __all__ = [
+    "GRKAN",
+    "GroupRational",
+    "RationalFit",
     "SpectralConv",
     "TransformOnce",
     "TransformOnceLayer",
+    "activation_gain",
     "dct",
+    "fit_rational",
     "generalized_gaussian_",
+    "gr_kan_variance_preserving_",
     "idct",
+    "mimetic_attention_",
+    "rational",
+    "replace_activations_",
     "select_modes",
     "spectral_variance_preserving_",
 ]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -148,10 +147,12 @@ def select_modes(targets: Tensor, tolerance: float = 1e-3) -> tuple[tuple[int, .
         return (1,) * len(axes), 0.0
     above = total - _cumulative(energy)  # entry (i, j) belongs to modes (i + 1, j + 1)
     share = (above / total).clamp_min(0)
-    limit = tolerance + 1e-14 * energy.numel()  # rounding of the sums
-    choices = (i for i in product(*map(range, share.shape)) if float(share[i]) <= limit)
-    best = min(choices, key=lambda i: (math.prod(k + 1 for k in i), float(share[i])))
-    return tuple(k + 1 for k in best), float(share[best])
+    sizes = torch.meshgrid(*(torch.arange(1, n + 1, device=share.device) for n in share.shape), indexing="ij")
+    count = torch.stack(sizes).prod(0)
+    fits = share <= tolerance + 1e-14 * energy.numel()  # rounding of the sums
+    fewest = fits & (count == count[fits].min())
+    best = int(torch.where(fewest, share, 2.0).argmin())
+    return tuple(int(s.flatten()[best]) for s in sizes), float(share.flatten()[best])
 
 
 def _cumulative(energy: Tensor) -> Tensor:
