@@ -87,6 +87,15 @@ def test_gains_are_those_of_the_functions_that_are_there() -> None:
         gr_kan_variance_preserving_(nn.Linear(2, 2))
 
 
+def test_built_without_memory() -> None:
+    with torch.device("meta"):
+        mlp = GRKAN(16)
+    assert mlp.fc1.weight.is_meta
+    mlp = mlp.to_empty(device="cpu")
+    mlp.load_state_dict(GRKAN(16).state_dict())
+    assert bool(mlp(torch.ones(16)).isfinite().all())
+
+
 class Transformer(nn.Module):
     """An encoder whose activations are modules, one of them used twice."""
 

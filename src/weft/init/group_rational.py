@@ -172,23 +172,26 @@ def fit_rational(
     low, high = interval
     if form not in FORMS or not low < high:
         raise RecipeError(f"A fit needs form A or B and an interval from low to high, got {form!r} and {interval}.")
-    x = torch.linspace(low, high, _POINTS, dtype=torch.float64)
-    with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():
+        x = torch.linspace(low, high, _POINTS, dtype=torch.float64)
         y = function(x)
-    if y.shape != x.shape or not bool(y.isfinite().all()):
-        raise RecipeError(f"Only elementwise functions that are finite on {interval} can be fitted.")
-    scale = max(abs(low), abs(high))  # powers of numbers up to 1 keep the problem well conditioned
-    problem = _Problem(x / scale, y.double(), form)
+        if y.shape != x.shape or not bool(y.isfinite().all()):
+            raise RecipeError(f"Only elementwise functions that are finite on {interval} can be fitted.")
+        scale = max(abs(low), abs(high))  # powers of numbers up to 1 keep the problem well conditioned
+        a, b = _best(_Problem(x / scale, y.double(), form))
+        powers = scale ** torch.arange(_ORDERS[0] + 1, dtype=torch.float64)
+        a, b = a / powers, b / powers[1 : _ORDERS[1] + 1]
+        error = (rational(x, a, b, form) - y).abs().max()
+    return RationalFit(tuple(a.tolist()), tuple(b.tolist()), form, float(error))
+
+
+def _best(problem: _Problem) -> tuple[Tensor, Tensor]:
     starts = [torch.zeros(_ORDERS[1], dtype=torch.float64), *torch.eye(_ORDERS[1], dtype=torch.float64)]
     found = [problem.minimise(start) for start in starts]
     losses = [problem.loss(*pair) for pair in found]
     # of equal ones the first, so that a polynomial keeps the denominator 1
-    enough = min(losses) * (1 + 1e-9) + 1e-24 * float(y.square().sum())
-    a, b = next(pair for pair, loss in zip(found, losses) if loss <= enough)
-    powers = scale ** torch.arange(_ORDERS[0] + 1, dtype=torch.float64)
-    a, b = a / powers, b / powers[1 : _ORDERS[1] + 1]
-    error = (rational(x, a, b, form) - y).abs().max()
-    return RationalFit(tuple(a.tolist()), tuple(b.tolist()), form, float(error))
+    enough = min(losses) * (1 + 1e-9) + 1e-24 * float(problem.y.square().sum())
+    return next(pair for pair, loss in zip(found, losses) if loss <= enough)
 
 
 class _Problem:

@@ -33,7 +33,7 @@ from weft.errors import RecipeError
 from weft.function.initializer import InitMethod, plain_parameter
 from weft.function.layer import WHITE_NOISE, LayerMethod
 from weft.function.where import Selector, matches, nearest_names, output_heads
-from weft.init.group_rational import FORMS, INTERVAL, PRESETS, GroupRational, RationalFit, fit_rational
+from weft.init.group_rational import FORMS, INTERVAL, PRESETS, GroupRational, RationalFit, fit_rational, rational
 from weft.method import parameter
 
 _NODES = 200  # of the quadrature: exact for polynomials up to degree 399, and 1e-10 for GELU and SiLU
@@ -135,7 +135,8 @@ class GRKAN(nn.Module):
         self.fc1 = nn.Linear(in_features, hidden)
         self.act2 = GroupRational(hidden, groups, activation=activation, form=form)
         self.fc2 = nn.Linear(hidden, in_features if out_features is None else out_features)
-        gr_kan_variance_preserving_(self)
+        if not self.fc1.weight.is_meta:  # on the meta device there is nothing to fill
+            gr_kan_variance_preserving_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
@@ -175,11 +176,9 @@ def gr_kan_variance_preserving_(module: GRKAN, generator: Generator | None = Non
 
 
 def _root_mean_square(function: GroupRational, z: Tensor) -> Tensor:
-    """(n) -> (n): over the groups, of a function with one channel in each."""
-    single = GroupRational(function.groups, function.groups, form=function.form).double()
-    for name, value in function.named_parameters():
-        single.get_parameter(name).data.copy_(value)
-    return single(z.unsqueeze(-1).expand(-1, function.groups)).square().mean(-1).sqrt()
+    """(n) -> (n): over the groups."""
+    a, b = (w.detach().to("cpu", z.dtype) for w in (function.weight_numerator, function.weight_denominator))
+    return rational(z.unsqueeze(-1), a.squeeze(0), b, function.form).square().mean(-1).sqrt()
 
 
 @torch.no_grad()
