@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from weft.init import GRKAN, GroupRational
 
-TRAIN, BATCH, PASSES, WIDTH, BLOCKS = 500, 50, 30, 64, 2
+TRAIN, BATCH, PASSES, WIDTH, BLOCKS = 500, 50, 20, 64, 2
 RATES = (1e-3, 3e-3, 1e-2)
 HIDDEN = 128
 METHODS = ("GELU MLP", "GR-KAN", "GR-KAN, functions fixed", "GR-KAN, truncated normal start")
