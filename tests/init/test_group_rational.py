@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from weft.errors import RecipeError, ShapeError
 from weft.init import GroupRational, fit_rational, rational
-from weft.init.group_rational import PRESETS, RationalFit
+from weft.init.rational_fit import PRESETS, RationalFit
 
 FUNCTIONS = {"identity": lambda x: x, "gelu": functional.gelu, "silu": functional.silu}
 GRID = torch.linspace(-3, 3, 1001, dtype=torch.float64)

@@ -6,9 +6,10 @@ Functions end in an underscore and fill in place, as those of ``torch.nn.init`` 
 
 from weft.init.cosine import dct, idct, select_modes
 from weft.init.generalized_gaussian import generalized_gaussian_
-from weft.init.group_rational import GroupRational, RationalFit, fit_rational, rational
+from weft.init.group_rational import GroupRational
 from weft.init.kat import GRKAN, activation_gain, gr_kan_variance_preserving_, replace_activations_
 from weft.init.mimetic import mimetic_attention_
+from weft.init.rational_fit import RationalFit, fit_rational, rational
 from weft.init.spectral import SpectralConv, spectral_variance_preserving_
 from weft.init.transform_once import TransformOnce, TransformOnceLayer
 

@@ -33,7 +33,8 @@ from weft.errors import RecipeError
 from weft.function.initializer import InitMethod, plain_parameter
 from weft.function.layer import WHITE_NOISE, LayerMethod
 from weft.function.where import Selector, matches, nearest_names, output_heads
-from weft.init.group_rational import FORMS, INTERVAL, PRESETS, GroupRational, RationalFit, fit_rational, rational
+from weft.init.group_rational import GroupRational
+from weft.init.rational_fit import FORMS, INTERVAL, PRESETS, RationalFit, fit_rational, rational
 from weft.method import parameter
 
 _NODES = 200  # of the quadrature: exact for polynomials up to degree 399, and 1e-10 for GELU and SiLU
