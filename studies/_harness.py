@@ -125,22 +125,28 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
 
+def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean over all but the last axis of the outputs."""
+    return functional.cross_entropy(outputs.flatten(0, -2), labels.flatten())
+
+
 def train(
     model: nn.Module,
     batches: Iterable[Split],
     optimizer: torch.optim.Optimizer,
     *,
+    loss_function: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     schedule: Callable[[int], float] | None = None,
     before_step: Callable[[], Any] | None = None,
 ) -> None:
-    """One step of cross entropy a batch; ``schedule(step)`` multiplies the learning rate. Stops at a loss of NaN."""
+    """One step of a loss a batch; ``schedule(step)`` multiplies the learning rate. Stops at a loss of NaN."""
     rates = [g["lr"] for g in optimizer.param_groups]
     model.train()
     for step, (inputs, labels) in enumerate(batches):
         if schedule is not None:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * schedule(step)
-        loss = functional.cross_entropy(model(inputs).flatten(0, -2), labels.flatten())
+        loss = loss_function(model(inputs), labels)
         if not math.isfinite(loss.item()):
             return
         optimizer.zero_grad()
