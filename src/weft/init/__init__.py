@@ -5,5 +5,19 @@ Functions end in an underscore and fill in place, as those of ``torch.nn.init`` 
 """
 
 from weft.init.generalized_gaussian import generalized_gaussian_
+from weft.init.virgo import graph_variances, normalized_adjacency, virgo_
+from weft.init.winner import SCALE_RULES, ScaleRule, Siren, noise_scales, siren_, spectral_centroid, winner_
 
-__all__ = ["generalized_gaussian_"]
+__all__ = [
+    "SCALE_RULES",
+    "ScaleRule",
+    "Siren",
+    "generalized_gaussian_",
+    "graph_variances",
+    "noise_scales",
+    "normalized_adjacency",
+    "siren_",
+    "spectral_centroid",
+    "virgo_",
+    "winner_",
+]
