@@ -4,9 +4,12 @@ Functions end in an underscore and fill in place, as those of ``torch.nn.init`` 
 :mod:`weft.init.generalized_gaussian`. What they measure first (spectra, graphs, activations) they return.
 """
 
+from weft.init.adjacency import normalized_adjacency
 from weft.init.generalized_gaussian import generalized_gaussian_
-from weft.init.virgo import graph_variances, normalized_adjacency, virgo_
-from weft.init.winner import SCALE_RULES, ScaleRule, Siren, noise_scales, siren_, spectral_centroid, winner_
+from weft.init.low_rank import low_rank_
+from weft.init.siren import Siren, siren_
+from weft.init.virgo import graph_variances, virgo_
+from weft.init.winner import SCALE_RULES, ScaleRule, noise_scales, spectral_centroid, winner_
 
 __all__ = [
     "SCALE_RULES",
@@ -14,6 +17,7 @@ __all__ = [
     "Siren",
     "generalized_gaussian_",
     "graph_variances",
+    "low_rank_",
     "noise_scales",
     "normalized_adjacency",
     "siren_",

@@ -29,12 +29,12 @@ from torch import Generator, Tensor, nn
 
 from weft.errors import RecipeError
 from weft.function.initializer import InitMethod, plain_parameter
+from weft.init.adjacency import normalized_adjacency, sparse_matrix
 from weft.method import configure, parameter
 
 # x̄² of m_0 independent channels of mean zero is about 1.6 / m_0 of what it would be if all had one sign; below this
 # many m_0-ths, the mean is told apart from noise no more.
 _CANCELLED = 4.0
-Layer = nn.Module | Sequence[nn.Module]
 
 
 @dataclass(frozen=True)
@@ -51,43 +51,6 @@ class Virgo:
     )
     classes: int | None = parameter(None, "number of classes; the last layer's outputs if not given", minimum=2)
     cap: float | None = parameter(None, "largest factor that the graph may put on a layer's variance", minimum=1)
-
-
-def normalized_adjacency(adjacency: Tensor, self_loops: bool = True) -> Tensor:
-    """D^{−1/2} (A + I) D^{−1/2}, the matrix of a graph convolution (GCN).
-
-    Rows are divided by the root of their sums, columns by that of theirs; for a symmetric graph both are the degrees.
-
-    Args:
-        adjacency: (n, n), dense or sparse, weights of at least 0; row i receives from column j.
-        self_loops: add I; pass False where A has its self-loops already.
-
-    Returns:
-        (n, n), sparse (COO), in float64 where A is and in float32 otherwise.
-
-    Raises:
-        RecipeError: not square, a negative or non-finite weight.
-
-    >>> normalized_adjacency(torch.tensor([[0, 1], [1, 0]])).to_dense()
-    tensor([[0.5000, 0.5000],
-            [0.5000, 0.5000]])
-    """
-    matrix = _matrix(adjacency)
-    n = len(matrix)
-    if bool((matrix.values() < 0).any()):
-        raise RecipeError("Edge weights must be at least 0 for D^{-1/2} to exist; normalise signed graphs yourself.")
-    if self_loops:
-        diagonal = torch.arange(n, device=matrix.device)
-        ones = torch.ones(n, dtype=matrix.dtype, device=matrix.device)
-        matrix = (
-            matrix + torch.sparse_coo_tensor(torch.stack([diagonal, diagonal]), ones, (n, n), check_invariants=True)
-        ).coalesce()
-    values, (row, column) = matrix.values(), matrix.indices()
-    zeros = torch.zeros(n, dtype=values.dtype, device=values.device)
-    into, out = zeros.index_add(0, row, values), zeros.index_add(0, column, values)
-    scaled = values / torch.where(values > 0, into[row] * out[column], 1).sqrt()
-    dtype = torch.float64 if adjacency.dtype == torch.float64 else torch.float32
-    return torch.sparse_coo_tensor(matrix.indices(), scaled.to(dtype), (n, n), is_coalesced=True, check_invariants=True)
 
 
 @torch.no_grad()
@@ -132,7 +95,7 @@ def graph_variances(
         )
     if config.classes is None:
         raise RecipeError("classes must be given: how many labels the last layer tells apart.")
-    matrix = _matrix(adjacency)
+    matrix = sparse_matrix(adjacency)
     n, layers = len(matrix), len(widths)
     largest = math.inf if config.cap is None else config.cap
     forward, backward = [2.0 / widths[0]], [0.0] * layers
@@ -157,7 +120,7 @@ def graph_variances(
 
 @torch.no_grad()
 def virgo_(
-    layers: Sequence[Layer],
+    layers: Sequence[nn.Module | Sequence[nn.Module]],
     adjacency: Tensor,
     features: Tensor | None,
     mode: str = "harmonic",
@@ -190,7 +153,7 @@ def virgo_(
     >>> [round(v, 3) for v in virgo_(layers, path, torch.rand(10, 4), mode="backward")]
     [0.031, 0.031, 0.502]
     """
-    groups = [list(layer) if isinstance(layer, Sequence) else [layer] for layer in layers]
+    groups: list[list[nn.Module]] = [list(layer) if isinstance(layer, Sequence) else [layer] for layer in layers]
     if not all(groups) or not groups:
         raise RecipeError("virgo_ needs at least one layer, and at least one weight for each.")
     weights = [[plain_parameter(module) for module in group] for group in groups]
@@ -215,19 +178,6 @@ def virgo_(
             draw = torch.empty(weight.shape, dtype=torch.float64, device=device)
             weight.copy_(draw.uniform_(-math.sqrt(3 * variance), math.sqrt(3 * variance), generator=generator))
     return variances
-
-
-def _matrix(adjacency: Tensor) -> Tensor:
-    """(n, n), any layout -> COO, coalesced, in float64."""
-    if adjacency.dim() != 2 or adjacency.shape[0] != adjacency.shape[1] or not len(adjacency):
-        raise RecipeError(
-            f"adjacency must be square, (nodes, nodes), got {list(adjacency.shape)}. For a list of edges (2, edges), "
-            "make torch.sparse_coo_tensor(edges.flip(0), torch.ones(edges.shape[1]), (nodes, nodes))."
-        )
-    matrix = adjacency.detach().to_sparse_coo().coalesce().double()
-    if not bool(matrix.values().isfinite().all()):
-        raise RecipeError("adjacency holds NaN or infinity.")
-    return matrix
 
 
 def _signal(features: Tensor | None, n: int, channels: int, estimate: str, matrix: Tensor) -> Tensor:

@@ -23,16 +23,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor, nn
 
 from weft.errors import RecipeError
-from weft.function.initializer import InitMethod, plain_parameter
+from weft.function.initializer import InitMethod
+from weft.init.siren import OMEGA, Siren, empty_like, linear_weights, siren_
 from weft.method import configure, parameter
 
-OMEGA = 30.0
 _CHANNELS = 4  # a last axis of at most so many entries behind a longer first one holds colours
 
 
@@ -49,13 +48,6 @@ SCALE_RULES = {1: ScaleRule(3500.0, 7.0, 3.0), 2: ScaleRule(50.0, 5.0, 0.4)}
 
 
 @dataclass(frozen=True)
-class SirenInit:
-    """Configuration of :func:`siren_`."""
-
-    omega: float | None = parameter(None, "ω of the hidden layers: the network's own, or else 30", minimum=1e-6)
-
-
-@dataclass(frozen=True)
 class Winner:
     """Configuration of :func:`winner_`."""
 
@@ -68,54 +60,6 @@ class Winner:
     second_scale: float | None = parameter(None, "S_1 in radians; by rule if None", minimum=0)
     coordinate_range: float = parameter(1.0, "coordinates run from minus this to this", minimum=1e-12)
     remove_mean: bool = parameter(False, "leave the signal's mean out of its spectrum")
-
-
-class Siren(nn.Module):
-    """A network of sines from coordinates to a signal, started as SIREN is.
-
-    Args:
-        inputs: coordinates of a point.
-        width: of the hidden layers.
-        outputs: channels of the signal.
-        hidden: layers of sines.
-        omega: ω of the layers of sines.
-        first_omega: ω of the first; ``omega`` if None.
-
-    Source: arXiv:2006.09661, section 3.
-
-    >>> Siren(2, 64, 3)(torch.rand(10, 2)).shape
-    torch.Size([10, 3])
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        width: int,
-        outputs: int,
-        hidden: int = 4,
-        omega: float = OMEGA,
-        first_omega: float | None = None,
-    ):
-        super().__init__()
-        if hidden < 1:
-            raise RecipeError(f"A Siren has at least 1 layer of sines, got hidden={hidden}.")
-        self.omega = omega
-        self.first_omega = omega if first_omega is None else first_omega
-        widths = [inputs, *[width] * hidden, outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        siren_(self)
-
-    def forward(self, coordinates: Tensor) -> Tensor:
-        """(…, inputs) -> (…, outputs)."""
-        x = coordinates
-        for index, layer in enumerate(self.layers[:-1]):
-            x = torch.sin((self.omega if index else self.first_omega) * layer(x))
-        y: Tensor = self.layers[-1](x)
-        return y
-
-    def extra_repr(self) -> str:
-        """What ``print`` shows."""
-        return f"omega={self.omega:g}, first_omega={self.first_omega:g}"
 
 
 @torch.no_grad()
@@ -199,36 +143,6 @@ def noise_scales(
 
 
 @torch.no_grad()
-def siren_(
-    network: nn.Module | Sequence[nn.Module], omega: float | None = None, generator: Generator | None = None
-) -> None:
-    """Fill the weights of a network of sines as SIREN does, in place; biases keep their values.
-
-    Args:
-        network: whose linear layers in order are meant, or these layers.
-        omega: ω of the hidden layers; the network's attribute ``omega`` if it has one, else 30.
-        generator: of torch; torch's global one if None.
-
-    Raises:
-        RecipeError: no layers, or a weight that cannot be filled.
-
-    Source: arXiv:2006.09661, section 3.2 and its supplement.
-
-    >>> layers = [nn.Linear(2, 64), nn.Linear(64, 64), nn.Linear(64, 1)]
-    >>> siren_(layers, generator=torch.Generator().manual_seed(0))
-    >>> layers[0].weight.abs().max() <= 1 / 2, layers[1].weight.abs().max() <= (6 / 64) ** 0.5 / 30
-    (tensor(True), tensor(True))
-    """
-    weights = _weights(network, 1)
-    config = configure(SirenInit, {"omega": omega})
-    hidden = config.omega or getattr(network, "omega", OMEGA)
-    for index, weight in enumerate(weights):
-        inputs = weight.shape[1]
-        bound = math.sqrt(6 / inputs) / hidden if index else 1 / inputs
-        weight.copy_(_empty(weight, generator).uniform_(-bound, bound, generator=generator))
-
-
-@torch.no_grad()
 def winner_(
     network: nn.Module | Sequence[nn.Module],
     signal: Tensor | None,
@@ -272,7 +186,7 @@ def winner_(
         "second_scale": second_scale, "coordinate_range": coordinate_range, "remove_mean": remove_mean,
     }  # fmt: skip
     config = configure(Winner, given)
-    weights = _weights(network, 3)
+    weights = linear_weights(network, 3)
     first, second = config.first_scale, config.second_scale
     if first is None or second is None:
         if signal is None:
@@ -280,46 +194,17 @@ def winner_(
         centroid = spectral_centroid(signal, config.dimensions, config.remove_mean)
         rule = noise_scales(centroid, config.dimensions, config.coordinate_range)
         first, second = (r if s is None else s for r, s in zip(rule, (first, second)))
-    hidden = config.omega or getattr(network, "omega", OMEGA)
+    own: float = getattr(network, "omega", OMEGA)
+    hidden = own if config.omega is None else config.omega
     siren_(network, hidden, generator)
-    omegas = (config.first_omega or getattr(network, "first_omega", hidden), hidden)
-    for weight, scale, factor in zip(weights, (first, second), omegas):
+    first_omega = getattr(network, "first_omega", hidden) if config.first_omega is None else config.first_omega
+    for weight, scale, factor in zip(weights, (first, second), (first_omega, hidden)):
         if scale:
-            weight.add_((_empty(weight, generator).normal_(generator=generator) * (scale / factor)).to(weight))
+            weight.add_((empty_like(weight, generator).normal_(generator=generator) * (scale / factor)).to(weight))
     return first, second
 
 
-def _weights(network: nn.Module | Sequence[nn.Module], least: int) -> list[nn.Parameter]:
-    layers = [m for m in network.modules() if isinstance(m, nn.Linear)] if isinstance(network, nn.Module) else network
-    if len(layers) < least:
-        raise RecipeError(
-            f"At least {least} linear layer{'s are' if least > 1 else ' is'} needed, first to last; found {len(layers)}."
-        )
-    weights = [plain_parameter(layer) for layer in layers]
-    if wrong := [list(w.shape) for w in weights if w.dim() != 2 or not w.shape[1]]:
-        raise RecipeError(f"Weights must be (out, in) with at least one input, got {wrong[0]}.")
-    return weights
-
-
-def _empty(weight: Tensor, generator: Generator | None) -> Tensor:
-    device = weight.device if generator is None else generator.device
-    return torch.empty(weight.shape, dtype=torch.float64, device=device)
-
-
 METHODS = (
-    InitMethod(
-        name="siren",
-        family="init",
-        config=SirenInit,
-        summary="Weights of a network of sines whose layers all see inputs of one variance.",
-        goal="train",
-        origin="SIREN, arXiv:2006.09661",
-        function=siren_,
-        trial=lambda: Siren(1, 8, 1, hidden=2),
-        apply=lambda model, generator, **parameters: siren_(model, generator=generator, **parameters),
-        fills=("layers.0.weight", "layers.1.weight", "layers.2.weight"),
-        checked_by=("closed form",),
-    ),
     InitMethod(
         name="winner",
         family="init",
