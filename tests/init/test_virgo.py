@@ -124,6 +124,7 @@ def test_adjacency_is_that_of_graph_convolutions() -> None:
     np.testing.assert_allclose(found.to_dense(), scale @ plain @ scale, rtol=1e-12)
     with_loops = normalized_adjacency(adjacency + torch.eye(34), self_loops=False)
     torch.testing.assert_close(with_loops.to_dense(), found.to_dense())
+    torch.testing.assert_close(normalized_adjacency(adjacency.bool()).to_dense(), found.to_dense().float())
     alone = normalized_adjacency(torch.zeros(2, 2), self_loops=False)
     torch.testing.assert_close(alone.to_dense(), torch.zeros(2, 2))  # no neighbours: nothing, and no NaN
 

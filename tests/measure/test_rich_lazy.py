@@ -199,6 +199,8 @@ def test_bad_input() -> None:
         tangent_kernel(nn.Sequential(nn.Linear(3, 3).double(), Pair()), probe)
     with pytest.raises(RecipeError, match="No parameter requires"):
         tangent_kernel(mlp().requires_grad_(False), probe)
+    with pytest.raises(RecipeError, match="No parameter is named"):
+        tangent_kernel(model, probe, parameters=[])
     with pytest.raises(RecipeError, match="diverged"):
         laziness(model, other, torch.full_like(probe, torch.nan))
     with pytest.raises(RecipeError, match="5 samples"):

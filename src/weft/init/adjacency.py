@@ -59,7 +59,7 @@ def sparse_matrix(adjacency: Tensor) -> Tensor:
             f"adjacency must be square, (nodes, nodes), got {list(adjacency.shape)}. For a list of edges (2, edges), "
             "make torch.sparse_coo_tensor(edges.flip(0), torch.ones(edges.shape[1]), (nodes, nodes))."
         )
-    matrix = adjacency.detach().to_sparse_coo().coalesce().double()
+    matrix = adjacency.detach().double().to_sparse_coo().coalesce()
     if not bool(matrix.values().isfinite().all()):
         raise RecipeError("adjacency holds NaN or infinity.")
     return matrix

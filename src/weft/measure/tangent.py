@@ -101,6 +101,8 @@ def selected(model: nn.Module, parameters: Selection) -> list[str]:
             raise RecipeError("No parameter requires gradients; name those that are meant (parameters='*' for all).")
         return names
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    if not patterns:
+        raise RecipeError("No parameter is named; give names or patterns, or None for those that require gradients.")
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             raise RecipeError(f"The model has no parameter {pattern!r}.{did_you_mean(pattern, known)}")
