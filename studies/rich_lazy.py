@@ -80,7 +80,7 @@ def measure(name: str, seed: int) -> dict[str, float]:
     }
 
 
-def run(seeds: int = 10) -> dict[str, Any]:
+def run(seeds: int = 6) -> dict[str, Any]:
     """The study."""
     found = {name: [measure(name, seed) for seed in range(seeds)] for name in STARTS}
     result = report(
