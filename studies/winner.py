@@ -17,7 +17,7 @@ SAMPLES, SIDE, WIDTH, HIDDEN, STEPS = 4096, 64, 40, 3, 300
 RATES = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 TUNED = {  # first ω and rate; as many settings as the others have
     "sound": [(omega, rate) for omega in (1500.0, 3000.0, 6000.0) for rate in (1e-3, 3e-3)],
-    "photograph": [(omega, rate) for omega in (40.0, 80.0, 160.0) for rate in (1e-3, 3e-3)],
+    "photograph": [(omega, rate) for omega in (40.0, 80.0, 160.0) for rate in (3e-3, 5e-3)],
 }
 NAMES = ("SIREN, tuned first ω", "SIREN", "WINNER")
 Target = tuple[Tensor, Tensor, Tensor]  # coordinates (points, d), values (points, 1), signal as winner_ takes it
@@ -87,7 +87,8 @@ def run(seeds: int = 5) -> dict[str, Any]:
             settings[name][target] = {"first omega": chosen[name][2], "rate": chosen[name][3]}
     result = report(
         paper="winner",
-        claim="Networks of sines started with WINNER fit better than a SIREN whose first frequency was tuned.",
+        claim="A network of sines started with WINNER fits noise in a high band and a photograph better, on average, than a "
+        "SIREN whose first frequency was tuned.",
         scale=(
             f"{SAMPLES} samples of noise in a high band and {SIDE} × {SIDE} pixels of a photograph, {HIDDEN} layers of "
             f"{WIDTH} sines, {STEPS} full steps of Adam"
