@@ -129,7 +129,8 @@ def _how_to_run(row: Method) -> dict[str, str]:
     if layer is not None:
         required = [n for n, p in inspect.signature(layer).parameters.items() if p.default is p.empty]
         place = "torch.nn" if layer.__module__.startswith("torch.nn") else f"weft.{row.family}"
-        return {"call": f"{place}.{layer.__name__}({', '.join(required)})"}
+        given = [*required, *(f"{name}={value!r}" for name, value in changed.items())]
+        return {"call": f"{place}.{layer.__name__}({', '.join(given)})"}
     if function is None:
         values = ", ".join(f"{k}={v!r}" for k, v in changed.items())
         built = f"weft.{row.family}.{row.config.__name__}({values})"

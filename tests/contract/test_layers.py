@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from weft.contract.layers import CHECKS, run
-from weft.function.layer import LayerMethod
+from weft.function.layer import WHITE_NOISE, LayerMethod
 from weft.method import parameter
 from weft.registry import methods
 
@@ -88,3 +88,42 @@ def failures(config: type, layer: type) -> set[str]:
 
 def test_every_check_can_fail() -> None:
     assert failures(BadConfig, Bad) | failures(WorseConfig, Worse) == set(CHECKS)
+
+
+class Start(nn.Module):
+    """Times random numbers, or times two."""
+
+    def __init__(self, random: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6) if random else torch.full((6,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    random: bool = parameter(True, "")
+
+    def build(self, features: int) -> nn.Module:
+        return Start(self.random)
+
+
+@pytest.mark.parametrize(
+    ("random", "says", "outcome"),
+    [
+        (True, {"starts_as": WHITE_NOISE}, ""),
+        (True, {"starts_as": WHITE_NOISE, "start_gain": 1.3}, "the row says 1.3"),
+        (False, {"starts_as": WHITE_NOISE, "start_gain": 4.0}, "start alike"),
+        (False, {"starts_as": lambda x: 2 * x}, ""),
+        (False, {"starts_as": lambda x: 2.01 * x}, "differs by"),
+        (False, {"starts_as": lambda x: 2.01 * x, "start_error": 0.031}, ""),
+        (False, {"starts_as": "as it likes"}, "says nothing"),
+        (False, {}, "neither a gain nor a shift"),
+    ],
+)
+def test_every_start_is_checked(random: bool, says: dict[str, object], outcome: str) -> None:
+    row = LayerMethod("start", "init", StartConfig, "no", "train", layer=Start, trial={"random": random}, **says)  # type: ignore[arg-type]
+    (result,) = (r for r in run(row) if r["check"] == "starts as the row says")
+    assert result["outcome"] == ("failed" if outcome else "passed")
+    assert outcome in result["reason"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import RecipeError, WeftError
-from weft.function.layer import LayerMethod
+from weft.function.layer import GAINS_AND_SHIFTS, WHITE_NOISE, LayerMethod
 
 FEATURES = 6
 CHECKS: dict[str, Callable[[LayerMethod], None]] = {}
@@ -56,7 +56,7 @@ def _check(name: str) -> Callable[[Callable[[LayerMethod], None]], Callable[[Lay
 
 def _layer(method: LayerMethod, *, trained: bool = False) -> nn.Module:
     """A layer; with ``trained``, one whose parameters and statistics are those of some steps on."""
-    layer = method.build(method.configure({}), FEATURES)
+    layer = method.build(method.configure(method.trial), FEATURES)
     if trained:
         with torch.no_grad():
             for parameter in layer.parameters():
@@ -252,14 +252,43 @@ def _zeros(method: LayerMethod) -> None:
     assert all(torch.isfinite(v).all() for v in layer.state_dict().values()), "buffers hold NaN or infinity"
 
 
-@_check("gains start at one, shifts at zero")
+@_check("starts as the row says")
 def _start(method: LayerMethod) -> None:
-    layer = _layer(method)
+    if method.starts_as == GAINS_AND_SHIFTS:
+        _gains_and_shifts(_layer(method))
+    elif method.starts_as == WHITE_NOISE:
+        _white_noise(method)
+    else:
+        assert callable(method.starts_as), f"starts_as is {method.starts_as!r}, which says nothing"
+        layer, x = _layer(method).double(), _batch(method, dtype=torch.float64).clamp(-3, 3)
+        # eight roundings in float32, in which layers may compute or keep their constants, come on top
+        limit = method.start_error + 8 * torch.finfo(torch.float32).eps * x.abs().max()
+        for training in (True, False):
+            error = (layer.train(training)(x) - method.starts_as(x)).abs().max()
+            assert error <= limit, f"differs by {error:.3g} from what it starts as, more than {limit:.3g}"
+
+
+def _gains_and_shifts(layer: nn.Module) -> None:
     own = {n: p for n, p in layer.named_parameters() if not n.startswith(("block.", "router."))}
     for name, parameter in own.items():
         last = name.rpartition(".")[2]
         assert last in ("weight", "bias"), f"{name} is neither a gain nor a shift"
         assert bool((parameter == (1 if last == "weight" else 0)).all()), f"{name} does not start as the identity"
+
+
+def _white_noise(method: LayerMethod) -> None:
+    ratios = []
+    for _ in range(400):
+        x = torch.randn_like(torch.cat([_batch(method)] * 8))
+        ratios.append(_layer(method)(x).square().mean() / x.square().mean())
+    draws = torch.stack(ratios)
+    # a wrong law (twice the variance, the other fan) is off by far more than five standard errors
+    mean, error = draws.mean(), draws.std() / len(draws) ** 0.5
+    assert draws.std() > 0, "all layers start alike"
+    assert (mean - method.start_gain).abs() <= 5 * error, (
+        f"the mean square is multiplied by {mean:.3g} ± {error:.2g}, the row says {method.start_gain:.3g}"
+    )
+    assert error <= 0.05 * method.start_gain, f"{len(draws)} draws tell too little: ± {error:.2g}"
 
 
 @_check("wrong sizes are refused")
@@ -277,10 +306,13 @@ def _wrong(method: LayerMethod) -> None:
 @_check("configuration round trip")
 def _configuration(method: LayerMethod) -> None:
     config = method.configure({})
-    assert type(config)(**json.loads(json.dumps(asdict(config)))) == config, "the configuration does not survive JSON"
+    made = type(config)(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(json.dumps(asdict(config))).items()}
+    )
+    assert made == config, "the configuration does not survive JSON"
     for name, value in inspect.signature(method.layer).parameters.items():
         field = method.parameters.get(name)
-        if field is not None:
+        if field is not None and name not in method.defaults:
             assert field.default == value.default, f"{name}: {field.default} here, {value.default} in {method.layer}"
     for key in method.parameters:
         try:

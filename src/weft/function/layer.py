@@ -6,12 +6,16 @@ training differs from evaluation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from weft.method import Method
+
+GAINS_AND_SHIFTS = "gains of one, shifts of zero"
+WHITE_NOISE = "random, with a known gain of white noise"
 
 
 class LayerConfig(Protocol):
@@ -32,6 +36,11 @@ class LayerMethod(Method):
         keeps_statistics: whether buffers change in training.
         training: how training differs from evaluation, in a sentence; empty if it does not.
         approximate: why the gradient in training is not the exact one; empty if it is.
+        starts_as: what a new layer is. ``GAINS_AND_SHIFTS``: its parameters are gains of one and shifts of zero.
+            ``WHITE_NOISE``: its weights are random, and white noise leaves it with ``start_gain`` times the mean square,
+            on average over draws. A function: it computes that function of its input, within ``start_error`` on [-3, 3].
+        start_gain, start_error: see there.
+        trial: parameters for the contract battery where the defaults do not fit its small inputs.
     """
 
     layer: type[nn.Module] = nn.Module
@@ -40,6 +49,10 @@ class LayerMethod(Method):
     keeps_statistics: bool = False
     training: str = ""
     approximate: str = ""
+    starts_as: str | Callable[[Tensor], Tensor] = GAINS_AND_SHIFTS
+    start_gain: float = 1.0
+    start_error: float = 0.0
+    trial: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, config: Any, features: int) -> nn.Module:
         """The layer that a configuration describes."""
