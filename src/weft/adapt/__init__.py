@@ -5,6 +5,7 @@ them; start at :mod:`weft.adapt.lora` to see what one is.
 """
 
 from weft.adapt.attach import Adapted, adapt_
+from weft.adapt.eva import EVA, redistribute_ranks
 from weft.adapt.lora import LoRA
 from weft.adapt.switch import (
     AdapterState,
@@ -20,6 +21,7 @@ from weft.adapt.token_rows import TokenRows
 from weft.adapt.whole import Whole
 
 __all__ = [
+    "EVA",
     "Adapted",
     "AdapterState",
     "LoRA",
@@ -28,6 +30,7 @@ __all__ = [
     "adapt_",
     "adapters",
     "merge_",
+    "redistribute_ranks",
     "remove_",
     "switch_",
     "switched",

@@ -47,6 +47,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "training, acting and merging are independent": {
         "whole": "the copy on top takes the place of what is beneath it, which then gets no gradient"
     },
+    "meta device": {"eva": "it starts from what the layers are fed, and a model without numbers feeds them nothing"},
 }
 # sums of at most 100 products of numbers near 1 in float64, in another order
 EXACT = 1e-12
