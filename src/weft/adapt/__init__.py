@@ -5,6 +5,15 @@ them; start at :mod:`weft.adapt.lora` to see what one is.
 """
 
 from weft.adapt.attach import Adapted, adapt_
+from weft.adapt.compacter import (
+    Compacter,
+    CompacterAdapter,
+    PHMLinear,
+    insert_compacter_,
+    phm_matrix,
+    phm_product,
+    remove_compacter_,
+)
 from weft.adapt.eva import EVA, redistribute_ranks
 from weft.adapt.lora import LoRA
 from weft.adapt.switch import (
@@ -24,14 +33,21 @@ __all__ = [
     "EVA",
     "Adapted",
     "AdapterState",
+    "Compacter",
+    "CompacterAdapter",
     "LoRA",
+    "PHMLinear",
     "TokenRows",
     "Whole",
     "adapt_",
     "adapters",
+    "insert_compacter_",
     "merge_",
+    "phm_matrix",
+    "phm_product",
     "redistribute_ranks",
     "remove_",
+    "remove_compacter_",
     "switch_",
     "switched",
     "train_only_",
