@@ -26,6 +26,7 @@ from weft.adapt.switch import (
     train_only_,
     unmerge_,
 )
+from weft.adapt.task_vectors import TaskVectors
 from weft.adapt.token_rows import TokenRows
 from weft.adapt.whole import Whole
 
@@ -37,6 +38,7 @@ __all__ = [
     "CompacterAdapter",
     "LoRA",
     "PHMLinear",
+    "TaskVectors",
     "TokenRows",
     "Whole",
     "adapt_",
