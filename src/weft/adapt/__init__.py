@@ -5,16 +5,9 @@ them; start at :mod:`weft.adapt.lora` to see what one is.
 """
 
 from weft.adapt.attach import Adapted, adapt_
-from weft.adapt.compacter import (
-    Compacter,
-    CompacterAdapter,
-    PHMLinear,
-    insert_compacter_,
-    phm_matrix,
-    phm_product,
-    remove_compacter_,
-)
+from weft.adapt.compacter import Compacter, CompacterAdapter, PHMLinear, phm_matrix, phm_product
 from weft.adapt.eva import EVA, redistribute_ranks
+from weft.adapt.insert import insert_compacter_, remove_compacter_
 from weft.adapt.lora import LoRA
 from weft.adapt.switch import (
     AdapterState,
