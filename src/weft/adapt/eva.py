@@ -19,8 +19,8 @@ Standing still is the overlap of subspaces (mean squared cosine of their princip
 at least ``tolerance``: directions of nearly equal variance turn among themselves for ever, so that the code's cosine
 of each direction never settles, and the mean rather than the least because the last direction has such neighbours
 outside. Layers fed one tensor share the decomposition but not the factors: the code whitens shared ones again for each
-layer. Centring, which the code does and the paper does not mention, can be left out. Decompositions are exact, in
-float64. rank and alpha have LoRA's defaults (paper: rank 16).
+layer. Centring, which the code does where the paper speaks of the inputs' own decomposition, can be left out.
+Decompositions are exact, in float64. rank and alpha have LoRA's defaults (paper: rank 16).
 Complexity: a forward pass a batch (two for the first), and for each distinct input about tokens · in · (cap + 1024)
 multiplications. Re-implemented from the equations (official code: MIT; PEFT's: Apache-2.0).
 """
