@@ -5,32 +5,46 @@ them, :mod:`weft.adapt.folder` those for disk; start at :mod:`weft.adapt.lora` t
 """
 
 from weft.adapt.attach import Adapted, adapt_
+from weft.adapt.compacter import Compacter, CompacterAdapter, PHMLinear, phm_matrix, phm_product
+from weft.adapt.eva import EVA, redistribute_ranks
 from weft.adapt.folder import LoadedAdapter, SavedAdapter, load_adapter_, restore_adapter_, save_adapter
 from weft.adapt.galore import low_rank_basis, projected_groups, projected_state_size
 from weft.adapt.gradnormlorp import LowRankProjectedAdamW, LowRankProjection, weight_norm_gradients
+from weft.adapt.insert import insert_compacter_, remove_compacter_
 from weft.adapt.lora import LoRA
 from weft.adapt.switch import AdapterState, adapters, merge_, remove_, switch_, switched, train_only_, unmerge_
+from weft.adapt.task_vectors import TaskVectors
 from weft.adapt.token_rows import TokenRows
 from weft.adapt.whole import Whole
 
 __all__ = [
+    "EVA",
     "Adapted",
     "AdapterState",
+    "Compacter",
+    "CompacterAdapter",
     "LoRA",
     "LoadedAdapter",
     "LowRankProjectedAdamW",
     "LowRankProjection",
+    "PHMLinear",
     "SavedAdapter",
+    "TaskVectors",
     "TokenRows",
     "Whole",
     "adapt_",
     "adapters",
+    "insert_compacter_",
     "load_adapter_",
     "low_rank_basis",
     "merge_",
+    "phm_matrix",
+    "phm_product",
     "projected_groups",
     "projected_state_size",
+    "redistribute_ranks",
     "remove_",
+    "remove_compacter_",
     "restore_adapter_",
     "save_adapter",
     "switch_",

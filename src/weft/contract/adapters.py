@@ -38,7 +38,7 @@ def _adapted(method: FunctionMethod, *names: str, dtype: torch.dtype = torch.flo
     net = Net(dtype).eval()
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
-        adapt_(net, configuration(method), where="*", name=name, data=batches(net))
+        adapt_(net, configuration(method, net), where="*", name=name, data=batches(net))
         moved = nn.ModuleList([f for f in _functions(net) if f.adapter == name])
         shake(moved, seed=seed)
     return net
@@ -109,7 +109,9 @@ def _two(method: FunctionMethod) -> None:
     assert torch.equal(net(_x()), both), "both together are not what they were"
     assert list(adapters(net)) == ["a", "b"]
     _refused(lambda: switch_(net, "c"), "a, b", "an unknown name")
-    _refused(lambda: adapt_(net, configuration(method), where="*", name="a", data=batches(net)), "'a'", "a taken name")
+    _refused(
+        lambda: adapt_(net, configuration(method, net), where="*", name="a", data=batches(net)), "'a'", "a taken name"
+    )
 
 
 @_check("merged and unmerged")
@@ -174,7 +176,7 @@ def _independent(method: FunctionMethod) -> None:
 def _frozen(method: FunctionMethod) -> None:
     net, plain = Net(torch.float32), dict(Net(torch.float32).named_parameters())
     torch.manual_seed(0)
-    report = adapt_(net, configuration(method), where="*.up", data=batches(net))
+    report = adapt_(net, configuration(method, net), where="*.up", data=batches(net))
     ours = {id(p) for f in _functions(net) for p in f.parameters()}
     assert {id(p) for p in net.parameters() if p.requires_grad} == ours, "something else trains"
     assert report.trainable == sum(p.numel() for p in net.parameters() if p.requires_grad), "the report is wrong"
@@ -196,7 +198,7 @@ def _lookup(method: FunctionMethod) -> None:
         table = nn.Embedding(16, 8, padding_idx=padding).double()
         fill(table, 1)
         try:
-            adapt_(table, configuration(method), where="*", data=batches(table))
+            adapt_(table, configuration(method, table), where="*", data=batches(table))
         except RecipeError:
             return  # not for embeddings
         shake(nn.ModuleList(_functions(table)))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import tempfile
+import zlib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from weft.function.attach import Attached, parametrize_
 from weft.function.classes import Carrier
+from weft.function.export import plain_state_dict
 from weft.function.protocol import FunctionMethod, Inner, WeightFunction
 from weft.function.stack import Stack
 
@@ -121,17 +128,44 @@ def shake(module: nn.Module, seed: int = 2) -> None:
             value.add_(0.1 * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype))
 
 
-def configuration(method: FunctionMethod) -> Any:
-    """The row's configuration for small layers; required parameters get middling values."""
+def configuration(method: FunctionMethod, model: nn.Module | None = None) -> Any:
+    """The row's configuration for small layers; required parameters get middling values.
+
+    Args:
+        method: the row.
+        model: what its function will go on, for rows that read checkpoints of the model.
+    """
     required = {k: (p.choices[0] if p.choices else 0.5) for k, p in method.parameters.items() if p.required}
-    return method.configure({**required, **method.trial})
+    given = {method.checkpoints: _checkpoints(model or Net())} if method.checkpoints else {}
+    return method.configure({**required, **method.trial, **given})
+
+
+def _checkpoints(model: nn.Module) -> tuple[str, ...]:
+    """Two files with numbers of a trained layer's size for all tensors of a model, written once in a process."""
+    shapes = {n: tuple(t.shape) for n, t in plain_state_dict(model).items()}
+    paths = []
+    for seed in (21, 22):
+        path = Path(_folder().name) / f"{zlib.crc32(repr(shapes).encode()):08x}-{seed}.safetensors"
+        if not path.exists():
+            generator = torch.Generator().manual_seed(seed)
+            save_file({n: 0.3 * torch.randn(shape, generator=generator) for n, shape in shapes.items()}, path)
+        paths.append(str(path))
+    return tuple(paths)
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Goes with the process."""
+    made = tempfile.TemporaryDirectory()
+    atexit.register(made.cleanup)
+    return made
 
 
 def attach(method: FunctionMethod, model: nn.Module, *, moved: bool = True, seed: int = 0) -> Attached:
     """Attach a row's function to all weights of a model; ``moved``: as some steps on."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        report = parametrize_(model, configuration(method), data=batches(model))
+        report = parametrize_(model, configuration(method, model), data=batches(model))
     if moved:
         shake(model)
     return report

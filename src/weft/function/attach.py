@@ -137,6 +137,24 @@ def functions(model: nn.Module) -> dict[str, list[WeightFunction]]:
     return {p.full: list(p.held) for p in _places(model) if isinstance(p.held, Stack)}
 
 
+def holders(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, nn.Module]]:
+    """For each tensor: all its full names, itself first, with the layer that has it; ties have several.
+
+    >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3))
+    >>> model[1].weight = model[0].weight
+    >>> holders(model, ["1.weight"])
+    {'1.weight': {'1.weight': Linear(in_features=2, out_features=3, bias=True), '0.weight': Embedding(3, 2)}}
+    """
+    groups: dict[int, list[_Place]] = {}
+    named: dict[str, int] = {}
+    for place in _places(model):
+        groups.setdefault(id(place.held), []).append(place)
+        named[place.full] = id(place.held)
+    return {
+        name: {p.full: p.module for p in sorted(groups[named[name]], key=lambda p: p.full != name)} for name in names
+    }
+
+
 def bake_(model: nn.Module, where: Selector = "*", *, ignore: Selector = ()) -> list[str]:
     """Replace computed weights by their values, in place; the functions and their parameters go.
 

@@ -94,12 +94,15 @@ class FunctionMethod(Method):
         approximate: why the gradient is not the exact one; empty if it is.
         trial: parameters for the small layers of the contract battery, where the defaults do not fit 8 × 16 matrices.
         adapter: whether its functions are adapters, which pass a second part of the battery.
+        checkpoints: name of the parameter that lists checkpoints of the model, if it needs any; the contract battery
+            fills it with files of its own.
     """
 
     starts_at: str = "weight"
     approximate: str = ""
     trial: Mapping[str, Any] = field(default_factory=dict)
     adapter: bool = False
+    checkpoints: str = ""
 
 
 def as_matrix(weight: Tensor) -> Tensor:
