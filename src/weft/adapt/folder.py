@@ -145,9 +145,9 @@ def save_adapter(
         config, tensors = write_weft(weights)
     assert config is not None
     assert tensors is not None
-    report = _side_file(model, weights, made, base)
     files = {"weights_file": WEFT_WEIGHTS, "config_file": f"{WEFT_CONFIG}.json"} if own else {}
     opened = from_mapping({n: _whole(n, t) for n, t in tensors.items()})
+    report = _side_file(model, weights, made, base)
     with AdapterWriter(folder, force=force, **files) as writer:
         for key, tensor in opened.items():
             writer.add(key, tensor.bits(), tensor.dtype, tensor.shape)

@@ -22,7 +22,7 @@ from weft.adapt.weights import AdaptedWeight, Stored, base_of, plain_tensors
 from weft.adapt.whole import Whole
 from weft.checkpoint.adapter_names import find_places
 from weft.checkpoint.checkpoint import Checkpoint
-from weft.checkpoint.lora_folder import PREFIX, Part, read_adapter
+from weft.checkpoint.lora_folder import PREFIX, MissPart, Part, read_adapter
 from weft.engine.adapter_writer import NO_TARGET, task_type
 from weft.errors import CheckpointError, RecipeError
 from weft.function.adapter import PeftForm
@@ -293,6 +293,8 @@ def read_peft(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[Sto
         if several[full][0] != full and several[full][0] in stored:
             notes.append(f"{full} is {several[full][0]}, whose change it shares")
             continue
+        if isinstance(part, MissPart):
+            raise CheckpointError(f"{where}: is MiSS, which no function here is.")
         if part.bias is not None:
             raise CheckpointError(
                 f"{where}: changes the bias of {module} by a factor (lora_bias), which no function does. Bake it with "
