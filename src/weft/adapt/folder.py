@@ -22,12 +22,10 @@ from weft.adapt.peft_folder import CannotSayError, read_peft, write_peft
 from weft.adapt.weft_folder import read_weft, weft_files, write_weft
 from weft.adapt.weights import AdaptedWeight, Stored, adapted_weights, base_of, plain_tensors, put_on
 from weft.checkpoint.checkpoint import Checkpoint
-from weft.checkpoint.fingerprint import Fingerprint, differing, fingerprint_of
-from weft.checkpoint.folder import read_json
+from weft.checkpoint.fingerprint import Fingerprint, another_base, differing, fingerprint_of, recorded_base
 from weft.checkpoint.lora_folder import CONFIG_FILE, WEFT_CONFIG, WEFT_WEIGHTS, open_adapter
 from weft.checkpoint.memory import from_mapping
 from weft.engine.adapter_writer import AdapterWriter
-from weft.engine.run import REPORT_FILE
 from weft.errors import CheckpointError, OutputError, RecipeError, did_you_mean
 from weft.function.classes import unwrapped
 
@@ -254,7 +252,7 @@ def _called(model: nn.Module) -> str:
 
 def _base_known(model: nn.Module, path: Path, adapter: Checkpoint, stored: Mapping[str, Any], check: bool) -> str:
     """Whether the model is the base; what is known of it."""
-    said = base_tensors(path)
+    said = recorded_base(path)
     if not said:
         name = str(adapter.config.get("base_model_name_or_path") or "")
         mine = _called(model)
@@ -267,23 +265,5 @@ def _base_known(model: nn.Module, path: Path, adapter: Checkpoint, stored: Mappi
     found: dict[str, Fingerprint] = {n: fingerprint_of(base_of(held[n])) for n in said if n in held}
     other = differing(said, found)
     if other:
-        raise CheckpointError(another_base(path.name, other, len(found)))
+        raise CheckpointError(another_base(path.name, other, len(found), "check_base=False"))
     return "the same" if found else "not checked: the model has other names"
-
-
-def base_tensors(folder: Path) -> dict[str, Any]:
-    """Fingerprints of the base, by tensor, that ``weft.json`` in a folder has; empty if it has none."""
-    if not (folder / REPORT_FILE).is_file():
-        return {}
-    base = read_json(folder / REPORT_FILE).get("base")
-    tensors = base.get("tensors") if isinstance(base, Mapping) else None
-    return dict(tensors) if isinstance(tensors, Mapping) else {}
-
-
-def another_base(where: str, other: list[str], count: int) -> str:
-    """The message for a base that is not the one an adapter was trained on."""
-    return (
-        f"{where}: was trained on another base: {len(other)} of {count} weights differ from it, such as {other[0]}. Load the "
-        "base that it was trained on (its name is in weft.json); to put it on this one all the same, pass "
-        "check_base=False."
-    )

@@ -72,7 +72,7 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint, weight: float = 1.0) -> 
             "folder that PEFT's save_pretrained wrote."
         )
     parsed = read_adapter(adapter)
-    where = f"{base.name}+{adapter.name}"
+    where = f"{base.name}+{adapter.name}" + (f"*{weight:g}" if weight != 1 else "")
     model = _Model(base, where, weight)
     saved = [str(m) for m in adapter.config.get("modules_to_save") or ()]
     place = find_places(parsed, model.tensors, saved, where, also=[HEAD] if model.embedding else [])
