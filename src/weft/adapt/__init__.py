@@ -5,7 +5,10 @@ them; start at :mod:`weft.adapt.lora` to see what one is.
 """
 
 from weft.adapt.attach import Adapted, adapt_
+from weft.adapt.bone import Bone, block_affine, share_shards, unmerge_block_affine
 from weft.adapt.lora import LoRA
+from weft.adapt.mixture_of_shards import MixtureOfShards, draw_shards, gather_shards, unused_shards
+from weft.adapt.svfit import SVFit, rank_for_energy, singular_vectors
 from weft.adapt.switch import (
     AdapterState,
     adapters,
@@ -22,15 +25,26 @@ from weft.adapt.whole import Whole
 __all__ = [
     "Adapted",
     "AdapterState",
+    "Bone",
     "LoRA",
+    "MixtureOfShards",
+    "SVFit",
     "TokenRows",
     "Whole",
     "adapt_",
     "adapters",
+    "block_affine",
+    "draw_shards",
+    "gather_shards",
     "merge_",
+    "rank_for_energy",
     "remove_",
+    "share_shards",
+    "singular_vectors",
     "switch_",
     "switched",
     "train_only_",
     "unmerge_",
+    "unmerge_block_affine",
+    "unused_shards",
 ]
