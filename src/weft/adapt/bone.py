@@ -5,12 +5,12 @@ Bone, then DiSHA, then MiSS, Kang et al., arXiv:2409.15371 (2024). Two maps go b
     shards          W[o, j] = W₀[o, j] + D[o, j mod rank]        D: (out, rank), or (mini_rank, rank) repeated down to out
     block_affine    W[p, q] = W₀[p, q] (I + B[p]) + B[p]         [p, q]: blocks (rank, rank) of W, B: (out / rank, rank, rank)
 
-Shards are MiSS, what PEFT called Bone and now calls MiSS: row ``bone``, and ``miss`` is the same under its later name.
-They are added to any weight alike, so x is summed over its pieces of ``rank`` and multiplied by D, without building W,
-and the change is exactly a LoRA of that rank, of identity matrices side by side (truncated where rank does not divide
-in). Block-affine is the first paper's other form and PEFT's "bat": row ``bat``. It depends on the weight beneath it, so
-there is no LoRA for it, of two on one weight the second changes what the first made, W is built in each pass, and both
-sizes must be multiples of rank.
+Shards are Bone in the paper's second version and in older PEFT, MiSS in its third and in PEFT now: ``bone`` is the row
+and ``miss`` the same under the later name. They are added to any weight alike, so x is summed over its pieces of
+``rank`` and multiplied by D, without building W, and the change is exactly a LoRA of that rank, of identity matrices side
+by side (cut off where rank does not divide in). Block-affine, which the first version's title means, is called Bat:
+row ``bat``. It depends on the weight beneath it, so there is no LoRA for it, of two on one weight the second changes
+what the first made, W is built in each pass, and both sizes must be multiples of rank.
 
 Differences from the paper and its code: D is stored (out, rank), transposed to PEFT's. The kind belongs to each adapter,
 not to the layer. Stacks of matrices have parameters of their own for each, and a convolution is its matrix (out, in · …).
@@ -40,7 +40,7 @@ FORMS = ("shards", "block_affine")
 class Bone:
     """A trainable matrix of zeros that all column blocks of a frozen weight share.
 
-    Source: arXiv:2409.15371, version 3 for shards and mini_rank, version 1 for block_affine.
+    Source: arXiv:2409.15371; PEFT's MissConfig with init_weights True, "mini" and "bat".
 
     >>> import torch, weft
     >>> layer = torch.nn.Linear(10, 6)
@@ -115,7 +115,7 @@ def block_affine(weight: Tensor, blocks: Tensor) -> Tensor:
         blocks: B, (…, out / rank, rank, rank).
 
     Returns:
-        As the weight, in at least float32. Source: arXiv:2409.15371, version 1.
+        As the weight, in at least float32. Source: arXiv:2409.15371 (Bat).
 
     >>> import torch
     >>> block_affine(torch.ones(2, 4), torch.eye(2).unsqueeze(0))

@@ -265,6 +265,6 @@ METHODS = (
         starts_at="weight",
         adapter=True,
         trial={"rank": 2},
-        checked_by=("closed form", "lora"),
+        checked_by=("closed form", "brute force"),
     ),
 )
