@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 import weft
 from weft import registry
-from weft.adapt import LoRA, TokenRows, Whole, adapters, load_adapter_, save_adapter, switch_
+from weft.adapt import (
+    Bone,
+    LoRA,
+    SVFit,
+    TokenRows,
+    Whole,
+    adapters,
+    load_adapter_,
+    save_adapter,
+    switch_,
+)
 from weft.checkpoint.adapter import with_adapter
 from weft.contract.models import Net, Tied, fill, shake
 from weft.errors import CheckpointError, OutputError, RecipeError
@@ -188,6 +198,24 @@ def test_folders_hold_no_time_and_no_path_and_are_replaced_on_demand_only(tmp_pa
         (tmp_path / "a" / "mine.txt").unlink()
         (tmp_path / "a").rmdir()
     assert not list(tmp_path.iterdir())
+
+
+def test_changes_that_need_the_base_are_refused_as_files(tmp_path: Path) -> None:
+    net = adapted({"*.up": Bone(rank=4, form="block_affine"), "head": LoRA(rank=2)})
+    assert save_adapter(net, tmp_path / "a").form == "weft"
+    with pytest.raises(CheckpointError, match=r"what Bone makes of blocks\.0\.up\.weight depends on"):
+        with_adapter(weft.open(Net().state_dict()), weft.open(tmp_path / "a"))
+
+
+def test_a_rank_that_data_decides_is_saved_as_a_number(tmp_path: Path) -> None:
+    net = adapted(SVFit(energy=0.5))
+    save_adapter(net, tmp_path / "a")
+    said = json.loads((tmp_path / "a" / "weft_adapter.json").read_text())["weights"]
+    ranks = {n: w["functions"][0]["parameters"]["rank"] for n, w in said.items()}
+    assert ranks == {n: f[0].delta.numel() for n, f in weft.functions(net).items()}
+    other = Net()
+    fill(other, 9)
+    load_adapter_(other, tmp_path / "a", check_base=False)
 
 
 def test_a_strength_is_not_part_of_a_folder(tmp_path: Path) -> None:

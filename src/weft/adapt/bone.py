@@ -190,6 +190,7 @@ class _Shards(Adapter):
 
     def __init__(self, config: Bone, matrix: Tensor):
         super().__init__()
+        self.config = config
         self.dropout = config.dropout
         *stack, self.out, self.inputs = matrix.shape
         kind = wide(matrix) if config.dtype == "float32" else matrix.dtype
@@ -219,7 +220,8 @@ class _Shards(Adapter):
     def peft(self) -> PeftForm | None:
         if self.D.dim() != 2:
             return None
-        mini = {"mini_r": len(self.D), "init_weights": "mini"} if len(self.D) < self.out else {"init_weights": True}
+        rows = self.config.mini_rank
+        mini = {"init_weights": True} if rows is None else {"mini_r": rows, "init_weights": "mini"}
         return PeftForm("MISS", {"r": self.D.shape[1], "miss_dropout": self.dropout, **mini}, {"miss_block": self.D.mT})
 
 
@@ -238,7 +240,9 @@ class _BlockAffine(Adapter):
     def peft(self) -> PeftForm | None:
         if self.B.dim() != 3:
             return None
-        return PeftForm("MISS", {"r": self.B.shape[-1], "init_weights": "bat", "miss_dropout": 0.0}, {"miss_block": self.B})
+        return PeftForm(
+            "MISS", {"r": self.B.shape[-1], "init_weights": "bat", "miss_dropout": 0.0}, {"miss_block": self.B}
+        )
 
 
 METHODS = (
