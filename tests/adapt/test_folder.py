@@ -288,11 +288,54 @@ def test_damaged_folders_are_refused_and_the_model_is_as_before(case: str, tmp_p
             with_adapter(weft.open(Net().state_dict()), adapter)
 
 
+def test_a_sharded_model_is_saved_whole(tmp_path: Path) -> None:
+    from torch import distributed
+    from torch.distributed import fsdp
+
+    net = adapted(LoRA(rank=2))
+    y = net(X)
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fsdp.fully_shard(net, mesh=distributed.init_device_mesh("cpu", (1,)))
+        for form in ("peft", "weft", "lora"):
+            save_adapter(net, tmp_path / form, form=form)
+    finally:
+        distributed.destroy_process_group()
+    for form in ("peft", "weft"):
+        again = Net().eval()
+        assert load_adapter_(again, tmp_path / form).base == "the same"
+        assert torch.equal(again(X), y)
+
+
+@pytest.mark.usefixtures("pooled")
+def test_weft_folders_merge_into_one_adapter(tmp_path: Path) -> None:
+    from weft.edit.merge_adapters import merge_adapters
+
+    nets = [adapted(Pooled()), adapted(LoRA(rank=2))]
+    for number, net in enumerate(nets):
+        save_adapter(net, tmp_path / str(number))
+    report = merge_adapters([tmp_path / "0", tmp_path / "1"], tmp_path / "sum", weights=[0.5, 2.0])
+    merged, before = Net().eval(), Net().state_dict()
+    load_adapter_(merged, tmp_path / "sum")
+    assert set(report.ranks) == {n.removesuffix(".weight") for n in weft.functions(merged)}
+    first, second, third = (weft.plain_state_dict(m) for m in (*nets, merged))
+    for name, old in before.items():
+        torch.testing.assert_close(third[name], old + 0.5 * (first[name] - old) + 2 * (second[name] - old))
+    tied = Tied()
+    weft.adapt_(tied, LoRA(rank=2), where="embedding")
+    save_adapter(tied, tmp_path / "tied")
+    with pytest.raises(CheckpointError, match="tied tensors"):
+        merge_adapters([tmp_path / "tied"], tmp_path / "no")
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(CheckpointError, match="no adapter's folder"):
             load_adapter_(Net(), folder)
     save_adapter(adapted(LoRA(rank=2, start="pissa")), tmp_path / "a")
+    with pytest.raises(CheckpointError, match="subfolder 'a' is one"):
+        load_adapter_(Net(), tmp_path)
     (tmp_path / "a" / "adapter.safetensors").unlink()
     with pytest.raises(CheckpointError, match="save is incomplete"):
         load_adapter_(Net(), tmp_path / "a")

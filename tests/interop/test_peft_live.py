@@ -59,6 +59,7 @@ ATTENTION = ["q_proj", "v_proj", "down_proj"]
 FROM_PEFT: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "plain": (llama, {"target_modules": ATTENTION}),
     "rslora": (llama, {"target_modules": ATTENTION, "use_rslora": True}),
+    "more rank than a matrix has": (llama, {"target_modules": ATTENTION, "r": 20}),
     "patterns": (
         llama,
         {

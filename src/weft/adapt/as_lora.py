@@ -75,7 +75,7 @@ def as_lora(adapter: Checkpoint) -> Adapter:
             _lazy(f"{module}.{n}", tuple(f.shape), expand, i, sources) for i, (n, f) in enumerate(zip("AB", factors))
         )
         result.parts[module] = Part(
-            module, 1.0, A, B, transposed=bool(weight.layout.get("transposed")), tied=weight.tied
+            module, 1.0, A, B, transposed=bool(weight.layout.get("transposed")), tied=weight.tied, layer=weight.layer
         )
     return result
 

@@ -28,6 +28,7 @@ from weft.checkpoint.memory import from_mapping
 from weft.engine.adapter_writer import AdapterWriter
 from weft.errors import CheckpointError, OutputError, RecipeError, did_you_mean
 from weft.function.classes import unwrapped
+from weft.function.stack import gathered, is_sharded
 
 FORMS = ("auto", "peft", "lora", "weft")
 
@@ -97,8 +98,8 @@ def save_adapter(
     """Write one adapter of a model as a folder; the folder appears complete or not at all.
 
     Args:
-        model: that has it; nothing of it is changed. If it is sharded, every process must call this, with a folder of
-            its own.
+        model: that has it; nothing of it is changed. If it is sharded, every process must call this, and the first one
+            writes.
         folder: to make.
         name: of the adapter.
         form: "peft": what PEFT loads and goes on training; "lora": factors that are exactly this change, for methods that
@@ -146,13 +147,15 @@ def save_adapter(
     files = {"weights_file": WEFT_WEIGHTS, "config_file": f"{WEFT_CONFIG}.json"} if own else {}
     opened = from_mapping({n: _whole(n, t) for n, t in tensors.items()})
     report = _side_file(model, weights, made, base)
-    with AdapterWriter(folder, force=force, **files) as writer:
-        for key, tensor in opened.items():
-            writer.add(key, tensor.bits(), tensor.dtype, tensor.shape)
-        writer.publish(config, report)
+    target = Path(os.path.abspath(Path(folder).expanduser()))
+    if not _is_sharded(model) or torch.distributed.get_rank() == 0:
+        with AdapterWriter(target, force=force, **files) as writer:
+            for key, tensor in opened.items():
+                writer.add(key, tensor.bits(), tensor.dtype, tensor.shape)
+            writer.publish(config, report)
     strength = {f.strength for w in weights for f in w.functions}
     notes = [f"its strength of {s:g} is not saved: a folder holds it as trained" for s in strength if s != 1]
-    return SavedAdapter(writer.output, made, why, len(opened), opened.nbytes, notes)
+    return SavedAdapter(target, made, why, len(opened), opened.nbytes, notes)
 
 
 def load_adapter_(
@@ -188,8 +191,8 @@ def load_adapter_(
     path = Path(folder)
     if not (path / CONFIG_FILE).is_file() and not weft_files(path):
         raise CheckpointError(
-            f"{path}: holds no {CONFIG_FILE} and no {WEFT_CONFIG}.json, so it is no adapter's folder. Give the folder that "
-            "save_adapter or PEFT's save_pretrained wrote."
+            f"{path}: holds no {CONFIG_FILE} and no {WEFT_CONFIG}.json, so it is no adapter's folder.{_inner(path)} Give the "
+            "folder that save_adapter or PEFT's save_pretrained wrote."
         )
     with open_adapter(path) as adapter:
         own = weft_files(path)
@@ -212,6 +215,12 @@ def load_adapter_(
     return LoadedAdapter(name, "weft" if own else "peft", list(stored), keys, known, count, notes)
 
 
+def _inner(path: Path) -> str:
+    """PEFT keeps adapters that are not called default in folders of their names."""
+    inner = sorted(p.parent.name for n in (CONFIG_FILE, f"{WEFT_CONFIG}.json") for p in path.glob(f"*/{n}"))
+    return f" Its subfolder {inner[0]!r} is one." if inner else ""
+
+
 def _places_there(model: nn.Module, stored: Mapping[str, list[Stored]], where: str) -> None:
     held = plain_tensors(model)
     missing = [n for n in stored if n not in held]
@@ -231,8 +240,12 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    return any(map(is_sharded, unwrapped(model).parameters()))
+
+
 def _side_file(model: nn.Module, weights: list[AdaptedWeight], form: str, base: str) -> dict[str, Any]:
-    prints = {w.names[0]: fingerprint_of(base_of(w.stack)) for w in weights}
+    prints = {w.names[0]: fingerprint_of(gathered(base_of(w.stack))) for w in weights}
     return {
         "format": 1,
         "form": form,

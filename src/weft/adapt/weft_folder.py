@@ -51,7 +51,8 @@ def write_weft(weights: Sequence[AdaptedWeight]) -> tuple[dict[str, Any], Tensor
 def _described(weight: AdaptedWeight) -> dict[str, Any]:
     """What a reader without the model needs to know of a weight: as functions see it."""
     layout = weight.stack.layout
-    described: dict[str, Any] = {"shape": list(layout.seen(weight.stack.original).shape), "functions": []}
+    shape = list(layout.seen(weight.stack.original).shape)
+    described: dict[str, Any] = {"layer": weight.layer.__name__, "shape": shape, "functions": []}
     if len(weight.names) > 1:
         described["tied"] = list(weight.names[1:])
     return described | {k: v for k, v in dataclasses.asdict(layout).items() if v}
@@ -96,12 +97,14 @@ class Described:
         functions: configuration, tensors of its own, and those that it shares, of each.
         tied: whether other tensors of the model are this one.
         layout: what is not usual about how it is stored: batched, transposed, groups.
+        layer: class of the layer that has it.
     """
 
     shape: tuple[int, ...]
     functions: list[tuple[Any, dict[str, LazyTensor], dict[str, tuple[str, int, str]]]]
     tied: bool
     layout: dict[str, Any]
+    layer: str
 
 
 def read_weft(adapter: Checkpoint) -> dict[str, list[Stored]]:
@@ -154,7 +157,7 @@ def describe_weft(adapter: Checkpoint) -> dict[str, Described]:
             for number, e in enumerate(entries)
         ]
         layout = {k: entry[k] for k in ("batched", "transposed", "groups") if entry.get(k)}
-        result[full] = Described(tuple(shape), functions, bool(entry.get("tied")), layout)
+        result[full] = Described(tuple(shape), functions, bool(entry.get("tied")), layout, str(entry.get("layer")))
     if by_place:
         extra = next(iter(by_place))[0]
         raise CheckpointError(

@@ -55,6 +55,7 @@ class Part:
         bias: a change of the layer's bias, to be scaled as well.
         transposed: whether the weight is stored (in, out), where the folder says so.
         tied: whether tensors tied to the weight change with it.
+        layer: class of the layer that has it, where the folder says so.
     """
 
     module: str
@@ -66,6 +67,7 @@ class Part:
     bias: LazyTensor | None = None
     transposed: bool | None = None
     tied: bool = False
+    layer: str = "Linear"
 
     @property
     def stored(self) -> list[LazyTensor]:

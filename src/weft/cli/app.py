@@ -138,7 +138,8 @@ def merge(
     values, names = _method_options(models, method)
     if weights:
         values["weights"] = [float(w) for w in _numbers(weights)]
-    if names and all((Path(n) / "adapter_config.json").is_file() for n in names):
+    kinds = ("adapter_config.json", "weft_adapter.json")
+    if names and all(any((Path(n) / kind).is_file() for kind in kinds) for n in names):
         _merge_adapters(names, output, method, values, base, lora_rank, dtype, dry_run, force, as_json)
         return
     recipe: dict[str, Any] = {

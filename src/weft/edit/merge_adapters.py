@@ -30,6 +30,8 @@ from weft.errors import CheckpointError, RecipeError, ShapeError
 from weft.kernels.convert import OUTPUT_DTYPES, from_float32
 from weft.method import per_model
 
+_LAYERS = ("Linear", "Conv1D")
+
 
 def merge_adapters(
     adapters: Sequence[str | os.PathLike[str] | Checkpoint],
@@ -114,6 +116,8 @@ def _summable(checkpoint: Checkpoint) -> Adapter:
         if adapter.rows
         else "is MiSS, whose factors are as wide as the base"
         if adapter.config.miss
+        else "changes tied tensors or layers whose factors PEFT keeps in other shapes"
+        if any(part.tied or getattr(part, "layer", "Linear") not in _LAYERS for part in adapter.parts.values())
         else "changes biases by factors (lora_bias)"
         if any(part.bias is not None for part in adapter.parts.values())
         else ""
