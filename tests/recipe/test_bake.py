@@ -236,6 +236,24 @@ def test_bad_requests(adapters: list[Any], options: dict[str, Any], reason: str,
     assert not (folders / "out").exists()
 
 
+def test_a_base_that_is_an_adapted_model(folders: Path) -> None:
+    done = bake(f"{folders / 'base'}+{folders / 'a'}", [(folders / "b", 1.0)], folders / "out", check_base=False)
+    assert "computed when it is read" in done.probe["why_not_outputs"]
+    assert done.probe["change"] < 1e-6
+    bake(folders / "base", [(folders / "a", 1.0), (folders / "b", 1.0)], folders / "both")
+    with weft.open(folders / "out") as one, weft.open(folders / "both") as other:
+        for name, tensor in one.items():
+            assert torch.equal(tensor.torch(), other[name].torch())
+
+
+def test_a_name_that_differs_is_said(folders: Path) -> None:
+    (folders / "a" / "weft.json").unlink()
+    config = json.loads((folders / "a" / "adapter_config.json").read_text())
+    (folders / "a" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/other"}))
+    done = bake(folders / "base", [(folders / "a", 1.0)], folders / "out", probe=False)
+    assert done.base["a"].endswith("names 'other'")
+
+
 def test_texts(folders: Path) -> None:
     (folders / "bad.jsonl").write_text('"one"\n{"txt": "two"}\n')
     with pytest.raises(RecipeError, match="line 2 is neither"):

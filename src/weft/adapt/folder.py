@@ -209,8 +209,6 @@ def load_adapter_(
         if dtype == "float32":
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(train)
-    for function in mine.values():
-        function.train(train and model.training)
     count = sum(p.numel() for p in parameters.values())
     return LoadedAdapter(name, "weft" if own else "peft", list(stored), keys, known, count, notes)
 

@@ -90,15 +90,17 @@ def check_base(adapter: Checkpoint, base: Checkpoint) -> str:
     """
     said = recorded_base(adapter.folder) if adapter.folder is not None else {}
     if not said:
-        return "not checked: the adapter has no fingerprint of its base"
+        named = str(adapter.config.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
+        other = f", and names {named!r}" if named and named != base.name.rpartition("/")[2] else ""
+        return f"not checked: the adapter has no fingerprint of its base{other}"
     found = {}
     for name in said:
         place = name if name in base else _other_prefix(name, base)
         if place is not None and base[place].dtype.name in OUTPUT_DTYPES:
             found[name] = fingerprint(base[place])
-    other = differing(said, found)
-    if other:
-        raise CheckpointError(another_base(adapter.name, other, len(found), "--no-check-base"))
+    wrong = differing(said, found)
+    if wrong:
+        raise CheckpointError(another_base(adapter.name, wrong, len(found), "--no-check-base"))
     if not found:
         return "not checked: the base's tensors have other names, or are packed"
     return f"the same ({len(found)} of {len(said)} tensors compared)"

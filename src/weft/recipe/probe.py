@@ -60,6 +60,8 @@ def probe_outputs(
         raise CannotRunError(
             f"the model takes {needed / 1e9:.2g} GB in float32, more than --memory {memory / 1e9:.2g} GB"
         )
+    if any(tensor.stored is not None for tensor in base.values()):
+        raise CannotRunError("the base itself is computed when it is read, and is no folder of transformers")
     kinds = [str(a) for a in base.config.get("architectures") or ()]
     if base.folder is None or not kinds or any(a.folder is None for a, _ in adapters):
         raise CannotRunError("the base is no folder of transformers with a config.json that names its architecture")
@@ -208,8 +210,7 @@ def probe_products(base: Checkpoint, adapters: Sequence[Weighted], made: Checkpo
     for name in sorted(others):
         if name not in made:
             raise CheckpointError(f"the baked model lacks {name}, which an adapter changes.")
-        got, wanted = as_float32(made[name]), as_float32(reader[name])
-        off = _share(got, wanted)
+        off = _off_by_value(made[name], reader[name])
         worst, change = (name, off) if off >= change else (worst, change)
     return {
         "kind": "products",
@@ -226,6 +227,29 @@ def _share(got: np.ndarray, wanted: np.ndarray) -> float:
         return math.inf
     difference = np.abs(got.astype(np.float64) - wanted).max(initial=0.0)
     return float(difference / max(float(np.abs(wanted).max(initial=0.0)), 1e-300)) if difference else 0.0
+
+
+def _off_by_value(made: LazyTensor, wanted: LazyTensor) -> float:
+    """As :func:`_share` of all values, which are read a block at a time."""
+    if made.shape != wanted.shape:
+        return math.inf
+    difference = largest = 0.0
+    for first in range(0, made.size, BLOCK):
+        got, goal = (_values(t, first, min(BLOCK, made.size - first)) for t in (made, wanted))
+        if not np.isfinite(got).all():
+            return math.inf
+        difference = max(difference, float(np.abs(got.astype(np.float64) - goal).max()))
+        largest = max(largest, float(np.abs(goal).max()))
+    return difference / max(largest, 1e-300)
+
+
+def _values(tensor: LazyTensor, first: int, count: int) -> np.ndarray:
+    """Values of a tensor from one of its elements on; of whole numbers, too."""
+    width = tensor.dtype.bits // 8
+    raw = np.empty(count * width, np.uint8)
+    tensor.read_into(raw.data, first * width)
+    bits = raw.view(tensor.dtype.numpy)
+    return bits if tensor.dtype is DTYPES["F64"] or not tensor.dtype.floating else to_float32(bits, tensor.dtype)
 
 
 Change = tuple[np.ndarray, np.ndarray]  # left (rows, rank), right (rank, columns), scaled
@@ -285,13 +309,10 @@ def _products(
 def _times(tensor: LazyTensor, x: np.ndarray) -> np.ndarray:
     rows, columns = tensor.shape[0], len(x)
     result = np.empty((rows, x.shape[1]))
-    step, width = max(1, BLOCK // max(columns, 1)), tensor.dtype.bits // 8
+    step = max(1, BLOCK // max(columns, 1))
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        raw = np.empty(count * columns * width, np.uint8)
-        tensor.read_into(raw.data, first * columns * width)
-        bits = raw.view(tensor.dtype.numpy)
-        values = bits if tensor.dtype is DTYPES["F64"] else to_float32(bits, tensor.dtype)
+        values = _values(tensor, first * columns, count * columns)
         with np.errstate(invalid="ignore"):  # infinity is found in the result
             result[first : first + count] = values.reshape(count, columns) @ x
     return result
