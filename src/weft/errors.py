@@ -53,6 +53,12 @@ class OutputError(WeftError, OSError):
         return str(self.args[0]) if self.args else ""
 
 
+class VerificationError(WeftError):
+    """What was made is not what it should be, and was not published: look at the inputs, or widen the limit."""
+
+    exit_code = 6
+
+
 class MissingDependencyError(WeftError, ImportError):
     """An optional package is needed: install the extra that the message names."""
 

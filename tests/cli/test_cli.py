@@ -140,6 +140,38 @@ def test_extract_is_what_peft_reads(models: list[Path], tmp_path: Path) -> None:
         np.testing.assert_allclose(rebuilt[name].numpy(), tuned[name].numpy(), atol=1e-5)
 
 
+def test_bake(models: list[Path], tmp_path: Path) -> None:
+    for number in (1, 2):
+        run("extract", models[number], "--base", models[0], "--lora-rank", "8", "-o", tmp_path / f"a{number}")
+    a1, a2, out = tmp_path / "a1", tmp_path / "a2", tmp_path / "out"
+    shown = run("bake", models[0], "--adapter", a1, "-a", f"{a2}=-0.5", "-o", out, "-q").stdout
+    assert "probe: 21 changed weights" in shown
+    assert "names its architecture" in shown
+    assert f"wrote {out}" in shown
+    with weft.open(out) as made:
+        for name in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
+            old, one, two = (weft.open(m)[name].numpy() for m in models)
+            goal = old + (one - old) - 0.5 * (two - old)
+            if name == "model.norm.weight":  # whole, so the second goes half of the way back from the first
+                goal = one - 0.5 * (two - one)
+            np.testing.assert_allclose(made[name].numpy(), goal, atol=1e-5)
+    facts = json.loads(
+        run("bake", models[0], "-a", a1, "-o", tmp_path / "b", "--dtype", "bfloat16", "--json", "-q").stdout
+    )
+    assert facts["probe"]["kind"] == "products"
+    assert 1e-4 < facts["probe"]["change"] < 0.02
+    assert facts["base"] == {"a1": "not checked: the adapter has no fingerprint of its base"}
+    assert "probe: not run" in run("bake", models[0], "-a", a1, "-o", tmp_path / "c", "--no-probe", "-q").stdout
+    with pytest.raises(WeftError, match="nothing was published") as caught:
+        run("bake", models[0], "-a", a1, "-o", tmp_path / "d", "--dtype", "bfloat16", "--max-change", "1e-6", "-q")
+    assert caught.value.exit_code == 6
+    with pytest.raises(WeftError, match="'half' is not a number"):
+        run("bake", models[0], "-a", f"{a1}=half", "-o", tmp_path / "d")
+    with pytest.raises(WeftError, match="exists already"):
+        run("bake", models[0], "-a", a1, "-o", out)
+    assert not (tmp_path / "d").exists()
+
+
 @pytest.mark.parametrize("kind", sorted(_TEMPLATES))
 def test_templates_are_recipes(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"

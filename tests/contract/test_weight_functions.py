@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.contract import adapters, functions, run_battery
+from weft.contract.pair import HOW
 from weft.function import FunctionMethod, WeightFunction
 from weft.function.protocol import Inner
 from weft.method import parameter
@@ -33,6 +34,8 @@ def test_there_are_rows() -> None:
 def test_exceptions_are_of_checks_and_rows_that_there_are() -> None:
     assert functions.EXPECTED.keys() <= functions.CHECKS.keys() | adapters.CHECKS.keys()
     assert {row for rows in functions.EXPECTED.values() for row in rows} <= set(ROWS)
+    assert functions.EXPECTED_WAYS.keys() <= set(ROWS)
+    assert {way for ways, _ in functions.EXPECTED_WAYS.values() for way in ways} < set(HOW)
 
 
 class Good(WeightFunction):

@@ -48,9 +48,9 @@ class Small(torch.nn.Module):
         return self.fc(x)
 
 
-def train(model: Any, folder: Path, *, seed: int = 1, **settings: Any) -> Any:
+def train(model: Any, folder: Path, *, seed: int = 1, kind: Any = None, **settings: Any) -> Any:
     """A PEFT model whose trainable parameters are random, saved in ``folder``."""
-    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5} | settings)
+    config = kind(**settings) if kind else peft.LoraConfig(**{"r": 3, "lora_alpha": 5} | settings)
     adapted = peft.get_peft_model(model, config).eval()
     torch.manual_seed(seed)
     with torch.no_grad():

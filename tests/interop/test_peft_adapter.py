@@ -62,6 +62,66 @@ def test_llama_adapters_equal_merge_and_unload(case: str, tmp_path: Path) -> Non
         assert changed, "the adapter changes something, or the comparison proves nothing"
 
 
+MISS_CASES: dict[str, dict[str, Any]] = {
+    "shards": {"r": 5},
+    "shards that divide": {"r": 4},
+    "mini": {"r": 4, "mini_r": 8, "init_weights": "mini"},
+    "bat": {"r": 8, "init_weights": "bat"},
+    "saved modules": {"r": 4, "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("case", MISS_CASES)
+def test_miss_equals_merge_and_unload(case: str, tmp_path: Path) -> None:
+    base = saved(llama(), tmp_path / "base")
+    modules = ["q_proj", "up_proj", "down_proj"]
+    adapted = train(llama(), tmp_path / "adapter", kind=peft.MissConfig, target_modules=modules, **MISS_CASES[case])
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        expected = adapted(ids).logits
+    merged = peft.PeftModel.from_pretrained(llama(), tmp_path / "adapter").merge_and_unload()
+    with weft.open(f"{base}+{tmp_path / 'adapter'}") as ours:
+        assert_same(ours, state(merged))
+        rebuilt = llama()
+        rebuilt.load_state_dict({name: tensor.torch() for name, tensor in ours.items()})
+        with torch.no_grad():
+            actual = rebuilt(ids).logits
+    assert (actual - expected).abs().max() <= 16 * TOLERANCE * max(1.0, expected.abs().max().item())
+    half = weft.checkpoint.adapter.with_adapter(weft.open(base), weft.open(tmp_path / "adapter"), 0.5)
+    for name, before in weft.open(base).items():
+        goal = before.numpy() + 0.5 * (ours_of(base, tmp_path / "adapter", name) - before.numpy())
+        assert np.abs(half[name].numpy() - goal).max() <= 2 * TOLERANCE * max(1.0, np.abs(goal).max()), name
+
+
+def ours_of(base: Path, adapter: Path, name: str) -> np.ndarray:
+    with weft.open(f"{base}+{adapter}") as opened:
+        return opened[name].numpy()
+
+
+@pytest.mark.parametrize("case", ["patterns", "saved modules", "replaced rows", "biases", "bias of the adapter"])
+def test_weights_of_an_adapter_go_part_of_the_way(case: str, tmp_path: Path) -> None:
+    base = saved(llama(), tmp_path / "base")
+    train(llama(), tmp_path / "adapter", **LLAMA_CASES[case])
+    part = weft.checkpoint.adapter.with_adapter(weft.open(base), weft.open(tmp_path / "adapter"), -0.25)
+    moved = 0
+    for name, before in weft.open(base).items():
+        goal = before.numpy() - 0.25 * (ours_of(base, tmp_path / "adapter", name) - before.numpy())
+        assert np.abs(part[name].numpy() - goal).max() <= 2 * TOLERANCE * max(1.0, np.abs(goal).max()), name
+        moved += not np.array_equal(goal, before.numpy())
+    assert moved
+
+
+def test_a_block_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    base = saved(llama(hidden_size=8, num_attention_heads=2), tmp_path / "base")
+    train(llama(), tmp_path / "a", kind=peft.MissConfig, target_modules=["q_proj"], r=4)
+    with pytest.raises(weft.WeftError, match="does not fit the base"):
+        weft.open(f"{base}+{tmp_path / 'a'}")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(weft.WeftError, match="configuration says shards of rank 3"):
+        weft.open(f"{base}+{tmp_path / 'a'}")
+
+
 GPT2_CASES: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
     "flag not set": {"target_modules": ["c_attn", "c_proj"]},
@@ -187,7 +247,7 @@ def test_starts_that_change_the_base_are_refused(kind: str, tmp_path: Path) -> N
         weft.open(tmp_path)
 
 
-@pytest.mark.parametrize("config", [{"peft_type": k.value} for k in peft.PeftType if k.value != "LORA"])
+@pytest.mark.parametrize("config", [{"peft_type": k.value} for k in peft.PeftType if k.value not in ("LORA", "MISS")])
 def test_every_other_type_is_refused_by_name(config: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(weft.WeftError, match=f"adapter of the type {config['peft_type']};"):

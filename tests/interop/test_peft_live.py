@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weft
-from weft.adapt import LoRA, Whole, adapters, load_adapter_, save_adapter
+from weft.adapt import Bone, LoRA, MixtureOfShards, SVFit, Whole, adapters, load_adapter_, save_adapter
 from weft.errors import CheckpointError, RecipeError
 
 peft = pytest.importorskip("peft")
@@ -59,6 +59,7 @@ ATTENTION = ["q_proj", "v_proj", "down_proj"]
 FROM_PEFT: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "plain": (llama, {"target_modules": ATTENTION}),
     "rslora": (llama, {"target_modules": ATTENTION, "use_rslora": True}),
+    "more rank than a matrix has": (llama, {"target_modules": ATTENTION, "r": 20}),
     "patterns": (
         llama,
         {
@@ -76,6 +77,12 @@ FROM_PEFT: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "biases": (llama, {"target_modules": ATTENTION[:2], "bias": "all"}),
     "rows": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 0, 36]}),
     "rows by name": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 7]}}),
+    "miss": (llama, {"kind": peft.MissConfig, "r": 5, "target_modules": ATTENTION, "modules_to_save": ["norm"]}),
+    "mini miss": (
+        llama,
+        {"kind": peft.MissConfig, "r": 4, "mini_r": 8, "init_weights": "mini", "target_modules": ATTENTION},
+    ),
+    "bat": (llama, {"kind": peft.MissConfig, "r": 8, "init_weights": "bat", "target_modules": ATTENTION}),
     "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "gpt2, positions": (gpt2, {"target_modules": ["c_attn", "wpe"], "fan_in_fan_out": True}),
 }
@@ -125,6 +132,18 @@ TO_PEFT: dict[str, tuple[Callable[..., Any], Callable[[Any], Any], str]] = {
     "whole copies only": (llama, lambda m: weft.adapt_(m, Whole(), where="lm_head"), "peft"),
     "gpt2": (gpt2, lambda m: weft.adapt_(m, LoRA(rank=3), where=["c_attn", "c_fc", "wpe"]), "peft"),
     "gpt2, tied rows": (gpt2, lambda m: weft.adapt_(m, LoRA(rank=3), where="c_attn", token_rows=[5, 7]), "peft"),
+    "miss": (
+        llama, lambda m: weft.adapt_(m, Bone(rank=5, dropout=0.1), where="all-linear", modules_to_save="norm"), "peft"
+    ),
+    "mini miss": (llama, lambda m: weft.adapt_(m, Bone(rank=5, mini_rank=4), where=ATTENTION), "peft"),
+    "bat": (llama, lambda m: weft.adapt_(m, Bone(rank=8, form="block_affine"), where=ATTENTION), "peft"),
+    "miss as lora": (
+        llama, lambda m: weft.adapt_(m, {"q_proj": Bone(rank=5), "v_proj": Bone(rank=3, mini_rank=4)}, "*"), "lora"
+    ),
+    "svfit as lora": (llama, lambda m: weft.adapt_(m, SVFit(rank=5), where=ATTENTION), "lora"),
+    "mixture of shards as lora": (
+        llama, lambda m: weft.adapt_(m, MixtureOfShards(budget_rank=2, rank=3), where=ATTENTION), "lora"
+    ),
     "pissa as lora": (llama, lambda m: weft.adapt_(m, LoRA(rank=3, start="pissa"), where=ATTENTION), "lora"),
     "lora as lora": (llama, lambda m: weft.adapt_(m, {"q_proj": LoRA(rank=3, rslora=True), "v_proj": LoRA(rank=2)}), "lora"),
 }  # fmt: skip
@@ -216,6 +235,14 @@ def test_forms_that_cannot_say_it_say_why(tmp_path: Path) -> None:
         (LoRA(rank=2, start="pissa"), {"where": "q_proj"}, "start='pissa'"),
         (LoRA(rank=2), {"where": "q_proj", "tensor": "bias"}, ""),
         (Whole(), {"where": "q_proj"}, r"q_proj\.bias is not trained"),
+        (
+            {"q_proj": Bone(rank=4), "v_proj": LoRA(rank=2)},
+            {"where": "*"},
+            "one type, and this adapter is MISS and LORA",
+        ),
+        ({"q_proj": Bone(rank=4), "v_proj": Bone(rank=2)}, {"where": "*"}, "one configuration for all MiSS layers"),
+        (Bone(rank=4), {"where": "embed_tokens"}, "PEFT's MISS of a layer such as model.embed_tokens"),
+        (Bone(rank=4), {"where": "q_proj", "token_rows": [1]}, "beside LoRA only"),
     ]
     for number, (config, options, reason) in enumerate(cases):
         model = llama()

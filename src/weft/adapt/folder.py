@@ -23,14 +23,13 @@ from weft.adapt.switch import remove_
 from weft.adapt.weft_folder import read_weft, weft_files, write_weft
 from weft.adapt.weights import AdaptedWeight, Stored, adapted_weights, base_of, plain_tensors, put_on
 from weft.checkpoint.checkpoint import Checkpoint
-from weft.checkpoint.fingerprint import Fingerprint, differing, fingerprint_of
-from weft.checkpoint.folder import read_json
+from weft.checkpoint.fingerprint import Fingerprint, another_base, differing, fingerprint_of, recorded_base
 from weft.checkpoint.lora_folder import CONFIG_FILE, WEFT_CONFIG, WEFT_WEIGHTS, open_adapter
 from weft.checkpoint.memory import from_mapping
 from weft.engine.adapter_writer import AdapterWriter
-from weft.engine.run import REPORT_FILE
 from weft.errors import CheckpointError, OutputError, RecipeError, did_you_mean
 from weft.function.classes import unwrapped
+from weft.function.stack import gathered, is_sharded
 
 FORMS = ("auto", "peft", "lora", "weft")
 
@@ -100,8 +99,8 @@ def save_adapter(
     """Write one adapter of a model as a folder; the folder appears complete or not at all.
 
     Args:
-        model: that has it; nothing of it is changed. If it is sharded, every process must call this, with a folder of
-            its own.
+        model: that has it; nothing of it is changed. If it is sharded, every process must call this, and the first one
+            writes.
         folder: to make.
         name: of the adapter.
         form: "peft": what PEFT loads and goes on training; "lora": factors that are exactly this change, for methods that
@@ -146,16 +145,18 @@ def save_adapter(
         config, tensors = write_weft(weights)
     assert config is not None
     assert tensors is not None
-    report = _side_file(model, weights, made, base)
     files = {"weights_file": WEFT_WEIGHTS, "config_file": f"{WEFT_CONFIG}.json"} if own else {}
     opened = from_mapping({n: _whole(n, t) for n, t in tensors.items()})
-    with AdapterWriter(folder, force=force, **files) as writer:
-        for key, tensor in opened.items():
-            writer.add(key, tensor.bits(), tensor.dtype, tensor.shape)
-        writer.publish(config, report)
+    report = _side_file(model, weights, made, base)
+    target = Path(os.path.abspath(Path(folder).expanduser()))
+    if not _is_sharded(model) or torch.distributed.get_rank() == 0:
+        with AdapterWriter(target, force=force, **files) as writer:
+            for key, tensor in opened.items():
+                writer.add(key, tensor.bits(), tensor.dtype, tensor.shape)
+            writer.publish(config, report)
     strength = {f.strength for w in weights for f in w.functions}
     notes = [f"its strength of {s:g} is not saved: a folder holds it as trained" for s in strength if s != 1]
-    return SavedAdapter(writer.output, made, why, len(opened), opened.nbytes, notes)
+    return SavedAdapter(target, made, why, len(opened), opened.nbytes, notes)
 
 
 def load_adapter_(
@@ -191,8 +192,8 @@ def load_adapter_(
     path = Path(folder)
     if not (path / CONFIG_FILE).is_file() and not weft_files(path):
         raise CheckpointError(
-            f"{path}: holds no {CONFIG_FILE} and no {WEFT_CONFIG}.json, so it is no adapter's folder. Give the folder that "
-            "save_adapter or PEFT's save_pretrained wrote."
+            f"{path}: holds no {CONFIG_FILE} and no {WEFT_CONFIG}.json, so it is no adapter's folder.{_inner(path)} Give the "
+            "folder that save_adapter or PEFT's save_pretrained wrote."
         )
     with open_adapter(path) as adapter:
         own = weft_files(path)
@@ -209,8 +210,6 @@ def load_adapter_(
         if dtype == "float32":
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(train)
-    for function in mine.values():
-        function.train(train and model.training)
     count = sum(p.numel() for p in parameters.values())
     return LoadedAdapter(name, "weft" if own else "peft", list(stored), keys, known, count, notes)
 
@@ -273,6 +272,12 @@ def _shapes(state: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{n} {list(t.shape)}" for n, t in state.items())
 
 
+def _inner(path: Path) -> str:
+    """PEFT keeps adapters that are not called default in folders of their names."""
+    inner = sorted(p.parent.name for n in (CONFIG_FILE, f"{WEFT_CONFIG}.json") for p in path.glob(f"*/{n}"))
+    return f" Its subfolder {inner[0]!r} is one." if inner else ""
+
+
 def _places_there(model: nn.Module, stored: Mapping[str, list[Stored]], where: str) -> None:
     held = plain_tensors(model)
     missing = [n for n in stored if n not in held]
@@ -292,8 +297,12 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    return any(map(is_sharded, unwrapped(model).parameters()))
+
+
 def _side_file(model: nn.Module, weights: list[AdaptedWeight], form: str, base: str) -> dict[str, Any]:
-    prints = {w.names[0]: fingerprint_of(base_of(w.stack)) for w in weights}
+    prints = {w.names[0]: fingerprint_of(gathered(base_of(w.stack))) for w in weights}
     return {
         "format": 1,
         "form": form,
@@ -313,7 +322,7 @@ def _called(model: nn.Module) -> str:
 
 def _base_known(model: nn.Module, path: Path, adapter: Checkpoint, stored: Mapping[str, Any], check: bool) -> str:
     """Whether the model is the base; what is known of it."""
-    said = base_tensors(path)
+    said = recorded_base(path)
     if not said:
         name = str(adapter.config.get("base_model_name_or_path") or "")
         mine = _called(model)
@@ -326,23 +335,5 @@ def _base_known(model: nn.Module, path: Path, adapter: Checkpoint, stored: Mappi
     found: dict[str, Fingerprint] = {n: fingerprint_of(base_of(held[n])) for n in said if n in held}
     other = differing(said, found)
     if other:
-        raise CheckpointError(another_base(path.name, other, len(found)))
+        raise CheckpointError(another_base(path.name, other, len(found), "check_base=False"))
     return "the same" if found else "not checked: the model has other names"
-
-
-def base_tensors(folder: Path) -> dict[str, Any]:
-    """Fingerprints of the base, by tensor, that ``weft.json`` in a folder has; empty if it has none."""
-    if not (folder / REPORT_FILE).is_file():
-        return {}
-    base = read_json(folder / REPORT_FILE).get("base")
-    tensors = base.get("tensors") if isinstance(base, Mapping) else None
-    return dict(tensors) if isinstance(tensors, Mapping) else {}
-
-
-def another_base(where: str, other: list[str], count: int) -> str:
-    """The message for a base that is not the one an adapter was trained on."""
-    return (
-        f"{where}: was trained on another base: {len(other)} of {count} weights differ from it, such as {other[0]}. Load the "
-        "base that it was trained on (its name is in weft.json); to put it on this one all the same, pass "
-        "check_base=False."
-    )

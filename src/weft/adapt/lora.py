@@ -68,7 +68,8 @@ class LoRA:
     def build(self, weight: Tensor, *, batched: bool) -> WeightFunction:
         """The function for one weight."""
         matrix = weight if batched else as_matrix(weight)
-        if self.rank > min(matrix.shape[-2:]):
+        # PEFT allows more, and its folders are built here without values first
+        if self.rank > min(matrix.shape[-2:]) and not weight.is_meta:
             raise RecipeError(
                 f"rank {self.rank} is more than a matrix of {list(matrix.shape[-2:])} can have; choose a lower rank, "
                 "or leave the layer out."

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.adapt.bone import Bone
 from weft.adapt.lora import LoRA
 from weft.adapt.token_rows import TokenRows
 from weft.adapt.weights import AdaptedWeight, Stored, base_of, plain_tensors
 from weft.adapt.whole import Whole
 from weft.checkpoint.adapter_names import find_places
 from weft.checkpoint.checkpoint import Checkpoint
-from weft.checkpoint.lora_folder import PREFIX, Part, read_adapter
+from weft.checkpoint.lora_folder import PREFIX, MissPart, Part, read_adapter
 from weft.engine.adapter_writer import NO_TARGET, task_type
 from weft.errors import CheckpointError, RecipeError
 from weft.function.adapter import PeftForm
@@ -293,6 +294,9 @@ def read_peft(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[Sto
         if several[full][0] != full and several[full][0] in stored:
             notes.append(f"{full} is {several[full][0]}, whose change it shares")
             continue
+        if isinstance(part, MissPart):
+            stored.setdefault(full, []).append(_miss(part, config.miss, adapter.config.get("miss_dropout") or 0.0))
+            continue
         if part.bias is not None:
             raise CheckpointError(
                 f"{where}: changes the bias of {module} by a factor (lora_bias), which no function does. Bake it with "
@@ -307,6 +311,15 @@ def read_peft(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[Sto
         stored.setdefault(full, []).append(Stored(lora, _matrices(part)))
     _refuse_missing(adapter, stored, modules, saved, where)
     return stored, notes
+
+
+def _miss(part: MissPart, form: str, dropout: float) -> Stored:
+    """MiSS's function."""
+    block = part.block.torch()
+    if part.bat:
+        return Stored(Bone(rank=block.shape[-1], form="block_affine"), {"B": block})
+    mini = block.shape[1] if form == "mini" else None
+    return Stored(Bone(rank=len(block), mini_rank=mini, dropout=dropout), {"D": block.mT.contiguous()})
 
 
 def _matrices(part: Part) -> dict[str, Tensor]:

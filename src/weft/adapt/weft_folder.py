@@ -31,7 +31,7 @@ def write_weft(weights: Sequence[AdaptedWeight]) -> tuple[dict[str, Any], Tensor
     Raises:
         RecipeError: a function belongs to no method that is installed.
     """
-    said: dict[str, list[dict[str, Any]]] = {w.names[0]: [] for w in weights}
+    said: dict[str, dict[str, Any]] = {w.names[0]: _described(w) for w in weights}
     tensors: Tensors = {}
     holders: dict[int, tuple[str, int, str]] = {}
     for full, number, function in _in_order(weights):
@@ -44,8 +44,18 @@ def write_weft(weights: Sequence[AdaptedWeight]) -> tuple[dict[str, Any], Tensor
             else:
                 holders[id(tensor)] = (full, number, name)
                 tensors[f"{full}:{number}:{name}"] = gathered(tensor.detach())
-        said[full].append(entry | ({"shared": shared} if shared else {}))
+        said[full]["functions"].append(entry | ({"shared": shared} if shared else {}))
     return {"format": WEFT_FORMAT, "weights": said}, tensors
+
+
+def _described(weight: AdaptedWeight) -> dict[str, Any]:
+    """What a reader without the model needs to know of a weight: as functions see it."""
+    layout = weight.stack.layout
+    shape = list(layout.seen(weight.stack.original).shape)
+    described: dict[str, Any] = {"layer": weight.layer.__name__, "shape": shape, "functions": []}
+    if len(weight.names) > 1:
+        described["tied"] = list(weight.names[1:])
+    return described | {k: v for k, v in dataclasses.asdict(layout).items() if v}
 
 
 def _in_order(weights: Sequence[AdaptedWeight]) -> list[tuple[str, int, Any]]:
@@ -78,8 +88,39 @@ def _named(config: Any, full: str) -> tuple[str, dict[str, Any]]:
     return best.name, plain
 
 
+@dataclasses.dataclass
+class Described:
+    """One weight of a folder: its functions, their tensors not yet read, and what is known of it.
+
+    Attributes:
+        shape: as functions see it.
+        functions: configuration, tensors of its own, and those that it shares, of each.
+        tied: whether other tensors of the model are this one.
+        layout: what is not usual about how it is stored: batched, transposed, groups.
+        layer: class of the layer that has it.
+    """
+
+    shape: tuple[int, ...]
+    functions: list[tuple[Any, dict[str, LazyTensor], dict[str, tuple[str, int, str]]]]
+    tied: bool
+    layout: dict[str, Any]
+    layer: str
+
+
 def read_weft(adapter: Checkpoint) -> dict[str, list[Stored]]:
     """What :func:`write_weft` wrote, by weight.
+
+    Raises:
+        CheckpointError: as :func:`describe_weft`.
+    """
+    return {
+        full: [Stored(c, {n: t.torch() for n, t in own.items()}, shared) for c, own, shared in weight.functions]
+        for full, weight in describe_weft(adapter).items()
+    }
+
+
+def describe_weft(adapter: Checkpoint) -> dict[str, Described]:
+    """What :func:`write_weft` wrote, by weight; reads no tensor.
 
     Raises:
         CheckpointError: the file is damaged, of a newer format, or names a method that is not installed.
@@ -100,21 +141,23 @@ def read_weft(adapter: Checkpoint) -> dict[str, list[Stored]]:
         if 0 in tensor.shape:
             raise CheckpointError(f"{where}: {key} is empty {list(tensor.shape)}; it was saved before it was gathered.")
         by_place.setdefault((full, int(number)), {})[name] = tensor
-    result: dict[str, list[Stored]] = {}
+    result: dict[str, Described] = {}
     weights = described.get("weights")
     if not isinstance(weights, Mapping) or not weights:
         raise CheckpointError(f"{where}: names no weights. The save is incomplete.")
-    for full, entries in weights.items():
-        if not isinstance(entries, list) or not entries:
-            raise CheckpointError(f"{where}: {full} has no functions. The file is damaged.")
-        result[full] = [
-            Stored(
-                _configuration(entry, f"{where}: {full}"),
-                {n: t.torch() for n, t in by_place.pop((full, number), {}).items()},
-                _references(entry, f"{where}: {full}"),
-            )
-            for number, entry in enumerate(entries)
+    for full, entry in weights.items():
+        here = f"{where}: {full}"
+        entries = entry.get("functions") if isinstance(entry, Mapping) else None
+        shape: Any = entry.get("shape") if isinstance(entry, Mapping) else None
+        good = isinstance(shape, list) and all(type(n) is int and 0 < n < 2**48 for n in shape) and 0 < len(shape) < 9
+        if not good or not isinstance(entries, list) or not entries:
+            raise CheckpointError(f"{here}: has no functions or no shape. The file is damaged.")
+        functions = [
+            (_configuration(e, here), by_place.pop((full, number), {}), _references(e, here))
+            for number, e in enumerate(entries)
         ]
+        layout = {k: entry[k] for k in ("batched", "transposed", "groups") if entry.get(k)}
+        result[full] = Described(tuple(shape), functions, bool(entry.get("tied")), layout, str(entry.get("layer")))
     if by_place:
         extra = next(iter(by_place))[0]
         raise CheckpointError(

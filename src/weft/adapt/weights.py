@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,23 +164,29 @@ class _Restore:
         self, model: nn.Module, weights: Mapping[str, Tensor], data: Iterable[Any] | None
     ) -> Mapping[str, FunctionConfig]:
         """What builds the function of each weight."""
-        together: list[tuple[Any, dict[str, Tensor]]] = []
-        for full, weight in weights.items():
-            config = self.stored[full].config
-            group = next((g for c, g in together if c == config), None) if hasattr(config, "plan") else None
-            if group is None:
-                group = {}
-                together.append((config, group))
-            group[full] = weight
-        builders: dict[str, FunctionConfig] = {}
-        for config, group in together:
-            if hasattr(config, "plan"):
-                with torch.random.fork_rng(devices=[]):
-                    planned = config.plan(model, group, None)
-                builders |= {n: _Builder(self, n, planned[n], planned=True) for n in group}
-            else:
-                builders |= {n: _Builder(self, n, config, planned=False) for n in group}
-        return builders
+        planned = plan_again(model, {n: s.config for n, s in self.stored.items()}, weights)
+        return {n: _Builder(self, n, planned.get(n, self.stored[n].config), planned=n in planned) for n in weights}
+
+
+def plan_again(
+    model: nn.Module, configs: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> dict[str, FunctionConfig]:
+    """What builds the functions that were planned together, those of one configuration each, without data."""
+    together: list[tuple[Any, dict[str, Tensor]]] = []
+    for full, weight in weights.items():
+        config = configs[full]
+        if not hasattr(config, "plan"):
+            continue
+        group = next((g for c, g in together if c == config), None)
+        if group is None:
+            group = {}
+            together.append((config, group))
+        group[full] = weight
+    builders: dict[str, FunctionConfig] = {}
+    for config, group in together:
+        with torch.random.fork_rng(devices=[]):
+            builders |= config.plan(model, group, None)
+    return builders
 
 
 @dataclass(frozen=True)
@@ -195,10 +202,16 @@ class _Builder:
         built = self.restore.built
         function: WeightFunction | None = None
         if not self.planned:  # without computing a start that is replaced at once
-            function = self._filled(self.config.build(weight.to("meta"), batched=batched), stored, strict=False)
+            with suppress(RecipeError):  # a shape that only the weight's values decide
+                function = self._filled(self.config.build(weight.to("meta"), batched=batched), stored, strict=False)
         if function is None:
-            with torch.random.fork_rng(devices=[]):
-                function = self._filled(self.config.build(weight, batched=batched), stored, strict=True)
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    function = self._filled(self.config.build(weight, batched=batched), stored, strict=True)
+            except RecipeError as error:
+                raise CheckpointError(
+                    f"{self.full}: {error} The folder asks for it: it is damaged, or was made on another model."
+                ) from None
         assert function is not None
         function.config = stored.config
         for mine, (other, level, theirs) in stored.shared.items():

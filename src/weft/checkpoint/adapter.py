@@ -1,8 +1,9 @@
-"""A LoRA adapter on top of its base: adapted weights are computed when they are read.
+"""An adapter on top of its base: adapted weights are computed when they are read.
 
     W = W₀ + s · B A            B (out, r), A (r, in), s = α/r or α/√r (rsLoRA); ΔW is transposed where the layer
                                 stores (in, out), and for embeddings
     W = m ⊙ (W₀ + s B A) / ‖W₀ + s B A‖         DoRA: m (out,), the norm of each output
+    W[o, j] = W₀[o, j] + D[j mod r, o]          MiSS: D (r, out);  Bat: W[p, q] = W₀[p, q] (I + B[p]) + B[p] in blocks
 
 Differences from PEFT's ``merge_and_unload``: a weight is never added in low precision (the sum is float32 and rounded
 once, when it is written); where an adapter changes only one of two tied tensors the output is untied, so that it
@@ -20,9 +21,18 @@ import numpy as np
 
 from weft.checkpoint.adapter_names import find_places, holds
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
-from weft.checkpoint.computed import Factors, LowRankUpdate, ReplacedRows, Scratch, as_factors, as_float32, computed
+from weft.checkpoint.computed import (
+    Between,
+    Factors,
+    LowRankUpdate,
+    ReplacedRows,
+    Scratch,
+    as_factors,
+    as_float32,
+    computed,
+)
 from weft.checkpoint.lora_config import LoraConfig
-from weft.checkpoint.lora_folder import CONFIG_FILE, Part, open_adapter, read_adapter
+from weft.checkpoint.lora_folder import CONFIG_FILE, MissPart, Part, open_adapter, read_adapter
 from weft.errors import CheckpointError, ShapeError
 
 __all__ = ["open_adapter", "with_adapter"]
@@ -32,14 +42,15 @@ _UNTIES = ("ForCausalLM", "LMHeadModel")  # classes that compute the same with t
 _COMPUTABLE = ("F64", "F32", "F16", "BF16")
 
 
-def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
-    """The model that ``base`` becomes with a LoRA ``adapter``; adapted weights are computed when read.
+def with_adapter(base: Checkpoint, adapter: Checkpoint, weight: float = 1.0) -> Checkpoint:
+    """The model that ``base`` becomes with an ``adapter``; adapted weights are computed when read.
 
     Closing it closes both.
 
     Args:
         base: the model that the adapter was trained on.
         adapter: what :func:`weft.checkpoint.lora_folder.open_adapter` returns.
+        weight: what its change is multiplied by; whole tensors go that part of the way.
 
     Raises:
         CheckpointError: a tensor of the adapter belongs to none of the base, or the base is quantised.
@@ -61,8 +72,8 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
             "folder that PEFT's save_pretrained wrote."
         )
     parsed = read_adapter(adapter)
-    where = f"{base.name}+{adapter.name}"
-    model = _Model(base, where)
+    where = f"{base.name}+{adapter.name}" + (f"*{weight:g}" if weight != 1 else "")
+    model = _Model(base, where, weight)
     saved = [str(m) for m in adapter.config.get("modules_to_save") or ()]
     place = find_places(parsed, model.tensors, saved, where, also=[HEAD] if model.embedding else [])
     for name, tensor in parsed.originals.items():
@@ -81,7 +92,7 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
         config=model.config,
         metadata=base.metadata,
         folder=adapter.folder if model.resized and adapter.folder else base.folder,
-        fingerprint=f"{base.fingerprint}+{adapter.fingerprint}",
+        fingerprint=f"{base.fingerprint}+{adapter.fingerprint}" + (f"*{weight!r}" if weight != 1 else ""),
     )
 
 
@@ -100,8 +111,9 @@ def tied_embedding(model: Checkpoint) -> str | None:
 class _Model:
     """The base's tensors on their way to the adapted model's."""
 
-    def __init__(self, base: Checkpoint, where: str):
+    def __init__(self, base: Checkpoint, where: str, weight: float = 1.0):
         self.where = where
+        self.weight_of_change = weight
         self.tensors = dict(base.tensors)
         self.aliases = dict(base.aliases)
         self.config: dict[str, Any] = copy.deepcopy(base.config)
@@ -152,10 +164,21 @@ class _Model:
         floats = old is not None and {old.natural_dtype.name, tensor.dtype.name} <= set(_COMPUTABLE)
         stored = old.natural_dtype if old is not None and floats else None
         renamed = dataclasses.replace(tensor, info=dataclasses.replace(tensor.info, name=name), stored=stored)
+        if self.weight_of_change != 1:
+            renamed = self._partly(name, old, renamed, floats)
         if old is not None and alone:
             self.set_alone(name, renamed)
         else:
             self._set_tied(name, renamed)
+
+    def _partly(self, name: str, old: LazyTensor | None, new: LazyTensor, floats: bool) -> LazyTensor:
+        """A part of the way from the base's tensor to one that replaces it."""
+        if old is None or old.shape != new.shape or not floats:
+            raise ShapeError(
+                f"{self.where}: the adapter brings {name} {list(new.shape)}, which is new or no float, so there is no part of "
+                "the way to it from the base. Use the weight 1."
+            )
+        return computed(Between(old, new, self.weight_of_change, Scratch()), name)
 
     def _set_tied(self, name: str, tensor: LazyTensor) -> None:
         if name == HEAD and self.embedding:
@@ -170,16 +193,23 @@ class _Model:
             raise ShapeError(
                 f"{self.where}: the adapter replaces rows {numbers[:5]} … of {name} {list(base.shape)} by {list(rows.shape)}."
             )
-        self._set_tied(name, computed(ReplacedRows(base, numbers, rows, self._row_scratch)))
+        replaced = computed(ReplacedRows(base, numbers, rows, self._row_scratch))
+        if self.weight_of_change != 1:
+            replaced = computed(Between(base, replaced, self.weight_of_change, Scratch()))
+        self._set_tied(name, replaced)
 
-    def adapt(self, name: str, part: Part, config: LoraConfig) -> None:
+    def adapt(self, name: str, part: Part | MissPart, config: LoraConfig) -> None:
         """Add a low-rank change."""
         base = self.weight(name)
-        flipped = part.flipped(base.shape, config)
-        source = LowRankUpdate(base, lambda: part.load(flipped), self._scratch, part.stored)
-        self.set_alone(name, computed(source, name))
+        if config.dora and self.weight_of_change != 1:
+            raise CheckpointError(f"{self.where}: DoRA's change is no sum and has no weight. Use the weight 1.")
+        made = computed(part.source(base, config, self._scratch, self.weight_of_change), name)
+        if part.tied:
+            self._set_tied(name, made)
+        else:
+            self.set_alone(name, made)
         if part.bias is not None:
-            self._add_bias(name.removesuffix("weight") + "bias", part.bias, part.scale)
+            self._add_bias(name.removesuffix("weight") + "bias", part.bias, part.scale * self.weight_of_change)
 
     def _add_bias(self, name: str, change: LazyTensor, scale: float) -> None:
         if name not in self.tensors or self.tensors[name].shape != change.shape:

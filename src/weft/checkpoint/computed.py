@@ -170,6 +170,59 @@ class LowRankUpdate(RowBlocks):
             tensor.source.close()
 
 
+class BlockAffine(RowBlocks):
+    """W₀ with every block of r × r made W₀[p, q] (I + B[p]) + B[p]: MiSS's Bat."""
+
+    def __init__(self, base: LazyTensor, load: Callable[[], np.ndarray], scratch: Scratch, blocks: LazyTensor):
+        super().__init__(base, scratch)
+        self._load = load
+        self._blocks = blocks
+        self._rank = blocks.shape[-1]
+
+    def _prepare(self) -> None:
+        scratch = self._scratch
+        if scratch.factors_of is not self:
+            blocks = self._load()
+            scratch.factors_of, scratch.factors = self, Factors(blocks, blocks)
+
+    def _change(self, values: np.ndarray, first: int) -> None:
+        rank, blocks = self._rank, self._scratch.factors.left
+        row = 0
+        while row < len(values):
+            number, within = divmod(first + row, rank)
+            count = min(rank - within, len(values) - row)
+            cut = values[row : row + count].reshape(count, -1, rank)
+            cut += cut @ blocks[number] + blocks[number][within : within + count, None]
+            row += count
+
+    def close(self) -> None:
+        """See :class:`weft.checkpoint.files.ByteSource`."""
+        super().close()
+        self._blocks.source.close()
+
+
+class Between(RowBlocks):
+    """W₀ + weight · (W − W₀): part of the way from a base to a tensor of its shape."""
+
+    def __init__(self, base: LazyTensor, goal: LazyTensor, weight: float, scratch: Scratch):
+        super().__init__(base, scratch)
+        self._goal, self._weight = goal, np.float32(weight)
+
+    def _change(self, values: np.ndarray, first: int) -> None:
+        width = self._goal.dtype.bits // 8
+        raw = np.empty(values.size * width, np.uint8)
+        self._goal.read_into(raw.data, first * self.columns * width)
+        goal = to_float32(raw.view(self._goal.dtype.numpy), self._goal.dtype).reshape(values.shape)
+        goal -= values
+        goal *= self._weight
+        values += goal
+
+    def close(self) -> None:
+        """See :class:`weft.checkpoint.files.ByteSource`."""
+        super().close()
+        self._goal.source.close()
+
+
 class ReplacedRows(RowBlocks):
     """A base with some of its rows replaced."""
 

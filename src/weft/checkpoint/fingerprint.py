@@ -8,13 +8,15 @@ fine-tune, which moves nearly every value, has neither. It is no seal against ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from weft.checkpoint.checkpoint import LazyTensor
+from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.dtypes import DTYPES, DType, dtype_of
+from weft.checkpoint.folder import read_json
 from weft.errors import CheckpointError
 from weft.kernels.convert import OUTPUT_DTYPES, from_float32, to_float32
 
@@ -68,6 +70,54 @@ def same(first: Iterable[str], second: Iterable[str]) -> bool:
 def differing(saved: Mapping[str, Any], now: Mapping[str, Fingerprint]) -> list[str]:
     """Names whose fingerprints differ, of those that both have."""
     return [n for n, mine in now.items() if n in saved and not same(mine, _texts(saved[n]))]
+
+
+def recorded_base(folder: Path) -> dict[str, Any]:
+    """Fingerprints of an adapter's base, by tensor, that ``weft.json`` in its folder has; empty if it has none."""
+    path = folder / "weft.json"
+    if not path.is_file():
+        return {}
+    base = read_json(path).get("base")
+    tensors = base.get("tensors") if isinstance(base, Mapping) else None
+    return dict(tensors) if isinstance(tensors, Mapping) else {}
+
+
+def check_base(adapter: Checkpoint, base: Checkpoint) -> str:
+    """Whether an adapter was trained on a base in files; what is known of it, in a few words.
+
+    Raises:
+        CheckpointError: it was trained on another.
+    """
+    said = recorded_base(adapter.folder) if adapter.folder is not None else {}
+    if not said:
+        named = str(adapter.config.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
+        other = f", and names {named!r}" if named and named != base.name.rpartition("/")[2] else ""
+        return f"not checked: the adapter has no fingerprint of its base{other}"
+    found = {}
+    for name in said:
+        place = name if name in base else _other_prefix(name, base)
+        if place is not None and base[place].dtype.name in OUTPUT_DTYPES:
+            found[name] = fingerprint(base[place])
+    wrong = differing(said, found)
+    if wrong:
+        raise CheckpointError(another_base(adapter.name, wrong, len(found), "--no-check-base"))
+    if not found:
+        return "not checked: the base's tensors have other names, or are packed"
+    return f"the same ({len(found)} of {len(said)} tensors compared)"
+
+
+def _other_prefix(name: str, base: Checkpoint) -> str | None:
+    """The tensor that a wrapper's prefix sets apart, if there is one."""
+    found = [n for n in base if n.endswith(f".{name}") or name.endswith(f".{n}")]
+    return found[0] if len(found) == 1 and "." in found[0] else None
+
+
+def another_base(where: str, other: list[str], count: int, anyway: str) -> str:
+    """The message for a base that is not the one an adapter was trained on."""
+    return (
+        f"{where}: was trained on another base: {len(other)} of {count} weights differ from it, such as {other[0]}. Take the "
+        f"base that it was trained on (its name is in weft.json); to put it on this one all the same, pass {anyway}."
+    )
 
 
 def _texts(value: Any) -> list[str]:

@@ -1,7 +1,8 @@
-"""``adapter_config.json`` of a LoRA adapter as PEFT writes it: read strictly, so that nothing is computed wrongly.
+"""``adapter_config.json`` of an adapter as PEFT writes it: read strictly, so that nothing is computed wrongly.
 
-An adapter says ΔW = scale · B A. Everything else that the file may ask for either changes the formula in a way that
-is carried out exactly (rsLoRA, DoRA, patterns), or is refused by name.
+LoRA says ΔW = scale · B A. Everything else that the file may ask for either changes the formula in a way that
+is carried out exactly (rsLoRA, DoRA, patterns), or is refused by name. So is every other type but MiSS, whose change
+is a matrix that all column blocks share, or (Bat) made of the weight's own blocks.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class LoraConfig:
         tied: adapters and saved modules of the input embedding hold for the output layer too.
         token_rows: rows of the input embedding that are replaced; by module if it is named.
         base: what the adapter was trained on, as its author called it.
+        miss: "" for LoRA; of MiSS, "shards", "mini" or "bat".
     """
 
     rank: int
@@ -57,6 +59,7 @@ class LoraConfig:
     tied: bool = False
     token_rows: Any = None
     base: str = ""
+    miss: str = ""
 
     def rank_of(self, module: str) -> int:
         """The rank that the configuration promises for a module."""
@@ -76,24 +79,29 @@ def parse_lora_config(raw: Mapping[str, Any], where: str) -> LoraConfig:
     """Check a configuration.
 
     Raises:
-        CheckpointError: it is not LoRA, or asks for something that weft cannot compute exactly.
+        CheckpointError: it is neither LoRA nor MiSS, or asks for something that weft cannot compute exactly.
 
     >>> parse_lora_config({"peft_type": "LORA", "r": 4, "lora_alpha": 8}, "adapter").scale_of("layer")
     2.0
     >>> parse_lora_config({"peft_type": "LOHA"}, "adapter")
     Traceback (most recent call last):
-    weft.errors.CheckpointError: adapter: is an adapter of the type LOHA; weft reads LORA (with rsLoRA and DoRA) ...
+    weft.errors.CheckpointError: adapter: is an adapter of the type LOHA; weft reads LORA (with rsLoRA and DoRA) and MISS ...
     """
     kind = raw.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", "MISS"):
         found = f"is an adapter of the type {kind}" if isinstance(kind, str) else "its configuration names no peft_type"
         raise CheckpointError(
-            f"{where}: {found}; weft reads LORA (with rsLoRA and DoRA) only. "
+            f"{where}: {found}; weft reads LORA (with rsLoRA and DoRA) and MISS only. "
             "Merge it into its base with the library that made it, and give the merged model."
         )
     for name, reason in _REFUSED.items():
         if raw.get(name):
             raise CheckpointError(f"{where}: uses {name}: {reason}, so it cannot be added to a weight.")
+    if kind == "MISS":
+        forms = {"bat": "bat", "mini": "mini"}
+        width = int(_number(raw.get("r", 64), "r", where, whole=True))
+        base = str(raw.get("base_model_name_or_path") or "")
+        return LoraConfig(width, width, base=base, miss=forms.get(str(raw.get("init_weights")), "shards"))
     start = raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise CheckpointError(

@@ -1,18 +1,29 @@
-"""PEFT's folder of a LoRA adapter: what its tensors are for, and whether they are all there."""
+"""An adapter's folder, PEFT's or weft's: what its tensors are for, and whether they are all there."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
-from weft.checkpoint.computed import Factors, as_factors, as_float32
+from weft.checkpoint.computed import (
+    BlockAffine,
+    Factors,
+    LowRankUpdate,
+    RowBlocks,
+    Scratch,
+    as_factors,
+    as_float32,
+)
 from weft.checkpoint.folder import from_safetensors, read_json
 from weft.checkpoint.lora_config import LoraConfig, parse_lora_config
 from weft.errors import CheckpointError, ShapeError
@@ -25,7 +36,7 @@ WEFT_FORMAT = 1
 WEFT_TYPE = "WEFT"  # stands where PEFT's folders have their peft_type
 WEFT_WEIGHTS = "adapter.safetensors"
 _PART = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|miss_block)"
     r"(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
 _ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
@@ -42,6 +53,9 @@ class Part:
         embedding: ``down`` is (r, rows) and ``up`` (columns, r) of an embedding table.
         magnitude: of DoRA, (out,).
         bias: a change of the layer's bias, to be scaled as well.
+        transposed: whether the weight is stored (in, out), where the folder says so.
+        tied: whether tensors tied to the weight change with it.
+        layer: class of the layer that has it, where the folder says so.
     """
 
     module: str
@@ -51,6 +65,9 @@ class Part:
     embedding: bool = False
     magnitude: LazyTensor | None = None
     bias: LazyTensor | None = None
+    transposed: bool | None = None
+    tied: bool = False
+    layer: str = "Linear"
 
     @property
     def stored(self) -> list[LazyTensor]:
@@ -64,6 +81,8 @@ class Part:
             ShapeError: the factors fit the weight in neither way.
         """
         outputs, inputs = self.up.shape[0], self.down.shape[1:]
+        if self.transposed is not None and math.prod(inputs) * outputs == math.prod(shape):
+            return self.transposed
         straight, flipped = (outputs, *inputs) == shape, (*inputs, outputs) == shape
         if not (straight or flipped) or (self.embedding and not flipped):
             raise ShapeError(
@@ -81,6 +100,61 @@ class Part:
             return as_factors(down.T, up.T, magnitude, by_column=magnitude is not None)
         return as_factors(up, down, magnitude)
 
+    def source(self, base: LazyTensor, config: LoraConfig, scratch: Scratch, weight: float) -> RowBlocks:
+        """The changed weight; ``weight`` scales the change."""
+        flipped = self.flipped(base.shape, config)
+        part = dataclasses.replace(self, scale=self.scale * weight)
+        return LowRankUpdate(base, lambda: part.load(flipped), scratch, self.stored)
+
+
+@dataclass
+class MissPart:
+    """The change of one linear layer by MiSS, as stored.
+
+    Attributes:
+        module: path in the model.
+        block: (r, out), or (r, mini_r) of which ``out`` is a multiple; of Bat (out / r, r, r).
+        bat: whether it is Bat's.
+    """
+
+    module: str
+    block: LazyTensor
+    bat: bool
+    bias: LazyTensor | None = None
+    tied: bool = False
+    scale: float = 1.0
+
+    @property
+    def stored(self) -> list[LazyTensor]:
+        """All tensors in the adapter's file."""
+        return [self.block]
+
+    def source(self, base: LazyTensor, config: LoraConfig, scratch: Scratch, weight: float) -> RowBlocks:
+        """The changed weight; ``weight`` scales the change."""
+        shape = self.block.shape
+        fits = len(base.shape) == 2
+        if fits and self.bat:
+            rank = shape[-1]
+            fits = base.shape[0] == shape[0] * rank and base.shape[1] % rank == 0
+        elif fits:
+            fits = base.shape[0] % shape[1] == 0 and (config.miss == "mini" or base.shape[0] == shape[1])
+        if not fits:
+            raise ShapeError(
+                f"{self.module}: the adapter's block {list(shape)} does not fit the base's weight {list(base.shape)}. The "
+                "adapter was trained on another model."
+            )
+        if self.bat:
+            return BlockAffine(base, lambda: as_float32(self.block) * np.float32(weight), scratch, self.block)
+
+        def load() -> Factors:
+            block = as_float32(self.block) * np.float32(weight)
+            rank, columns = len(block), base.shape[1]
+            up = np.tile(block.T, (base.shape[0] // block.shape[1], 1))
+            down = np.tile(np.eye(rank, dtype=np.float32), (1, -(-columns // rank)))[:, :columns]
+            return as_factors(up, down)
+
+        return LowRankUpdate(base, load, scratch, self.stored)
+
 
 @dataclass
 class Adapter:
@@ -95,7 +169,7 @@ class Adapter:
     """
 
     config: LoraConfig
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, Part | MissPart] = field(default_factory=dict)
     whole: dict[str, LazyTensor] = field(default_factory=dict)
     originals: dict[str, LazyTensor] = field(default_factory=dict)
     rows: dict[str, LazyTensor] = field(default_factory=dict)
@@ -140,9 +214,14 @@ def read_adapter(adapter: Checkpoint) -> Adapter:
     """Sort an adapter's tensors by what they are for.
 
     Raises:
-        CheckpointError: a factor lacks its partner, is empty, or has another rank than the configuration says.
+        CheckpointError: a factor lacks its partner, is empty, or has another rank than the configuration says; or a
+            folder of weft's own holds a change that no two factors make.
     """
     where = adapter.name
+    if adapter.config.get("peft_type") == WEFT_TYPE:
+        from weft.adapt.as_lora import as_lora
+
+        return as_lora(adapter)
     result = Adapter(parse_lora_config(adapter.config, where))
     found: dict[str, dict[str, LazyTensor]] = {}
     names: set[str] = set()
@@ -175,7 +254,9 @@ def read_adapter(adapter: Checkpoint) -> Adapter:
     return result
 
 
-def _part(module: str, tensors: Mapping[str, LazyTensor], config: LoraConfig, where: str) -> Part:
+def _part(module: str, tensors: Mapping[str, LazyTensor], config: LoraConfig, where: str) -> Part | MissPart:
+    if config.miss:
+        return _miss_part(module, tensors, config, where)
     embedding = "lora_embedding_A" in tensors or "lora_embedding_B" in tensors
     down_name, up_name = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     down, up, rank = tensors.get(down_name), tensors.get(up_name), config.rank_of(module)
@@ -202,3 +283,18 @@ def _part(module: str, tensors: Mapping[str, LazyTensor], config: LoraConfig, wh
             "Weights and configuration are from different saves."
         )
     return Part(module, config.scale_of(module), down, up, embedding, magnitude, tensors.get("lora_B.bias"))
+
+
+def _miss_part(module: str, tensors: Mapping[str, LazyTensor], config: LoraConfig, where: str) -> MissPart:
+    block, bat = tensors.get("miss_block"), config.miss == "bat"
+    if block is None or len(tensors) > 1 or 0 in block.shape:
+        raise CheckpointError(
+            f"{where}: {module} has {', '.join(sorted(tensors))}, where MiSS has a miss_block with values."
+        )
+    rank = config.rank
+    if len(block.shape) != (3 if bat else 2) or (block.shape[1:] != (rank, rank) if bat else block.shape[0] != rank):
+        raise CheckpointError(
+            f"{where}: {module} has a block of {list(block.shape)}, but the configuration says {config.miss} of rank {rank}. "
+            "Weights and configuration are from different saves."
+        )
+    return MissPart(module, block, bat)

@@ -138,7 +138,8 @@ def merge(
     values, names = _method_options(models, method)
     if weights:
         values["weights"] = [float(w) for w in _numbers(weights)]
-    if names and all((Path(n) / "adapter_config.json").is_file() for n in names):
+    kinds = ("adapter_config.json", "weft_adapter.json")
+    if names and all(any((Path(n) / kind).is_file() for kind in kinds) for n in names):
         _merge_adapters(names, output, method, values, base, lora_rank, dtype, dry_run, force, as_json)
         return
     recipe: dict[str, Any] = {
@@ -180,6 +181,64 @@ def convert(
     step = {"method": "passthrough", "models": [model], "exclude": ["*"]}
     recipe = {"steps": [step], "output": {"shard_size": shard_size, **({"dtype": dtype} if dtype else {})}}
     _execute({**recipe, "allow_non_finite": True}, output, False, force, None, "", as_json, quiet)
+
+
+@app.command(epilog="Example: weft bake base/ --adapter a/ --adapter b/=0.5 --dtype bfloat16 -o model/")
+def bake(
+    base: Annotated[str, typer.Argument(help="The model that the adapters were trained on: folder, file, Hub id.")],
+    adapter: Annotated[
+        list[str], typer.Option("--adapter", "-a", help="Folder of PEFT or weft; a/=0.5 halves its change. Repeat it.")
+    ],
+    output: Out,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16 (default: as the base).")] = "",
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest output file.")] = "5GB",
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Compare with the live adapters before publishing.")
+    ] = True,
+    data: Annotated[str, typer.Option("--data", help='Texts for the probe, JSON lines with a "text" each.')] = "",
+    seed: Annotated[int, typer.Option("--seed", help="Of the probe's random tokens and vectors.")] = 0,
+    max_change: Annotated[
+        float | None,
+        typer.Option("--max-change", min=0, help="Fail if an output changes by more, as a share of the largest."),
+    ] = None,
+    check_base: Annotated[
+        bool, typer.Option("--check-base/--no-check-base", help="Refuse a base that an adapter was not trained on.")
+    ] = True,
+    force: Force = False,
+    threads: Threads = None,
+    memory: Memory = "",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add adapters to their base and write one plain model: in float32, rounded once, checked by a probe."""
+    from weft.cli.show import result_text
+    from weft.engine.progress import default_progress
+    from weft.engine.run import Options
+    from weft.recipe.bake import bake as run_bake
+    from weft.recipe.bake import probe_text
+    from weft.recipe.size import parse_size
+
+    options = Options(force=force)
+    if threads:
+        options.threads = threads
+    if memory:
+        options.memory = parse_size(memory)
+    with _progress(default_progress(quiet)) as progress:
+        options.progress = progress
+        done = run_bake(
+            base, [_weighted(a) for a in adapter], output, dtype=dtype, shard_size=shard_size, check_base=check_base,
+            probe=probe, data=data, seed=seed, max_change=float("inf") if max_change is None else max_change,
+            options=options,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(done.to_dict()))
+        return
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for name, known in done.base.items():
+        print(f"{name}: base {known}")
+    print(probe_text(done.probe))
+    print(result_text(done.to_dict()))
 
 
 @app.command("inspect", epilog="Example: weft inspect model/ --plot page.html")
@@ -562,6 +621,19 @@ def _method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], 
             text = rest.pop(0)
         values[key] = _value(text)
     return values, models
+
+
+def _weighted(adapter: str) -> tuple[str, float]:
+    """``folder=0.5`` as the folder and its weight."""
+    folder, equals, text = adapter.rpartition("=")
+    if not equals or Path(adapter).exists():
+        return adapter, 1.0
+    try:
+        return folder, float(text)
+    except ValueError:
+        raise RecipeError(
+            f"--adapter {adapter}: {text!r} is not a number; write the weight like adapter/=0.5."
+        ) from None
 
 
 def _numbers(text: str) -> list[str]:

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.contract.models import Net, Other, Scaled, attach
+from weft.contract.models import Block, Net, Other, Scaled, attach
 from weft.function.attach import parametrize_
 from weft.function.export import plain_state_dict
 from weft.function.protocol import FunctionMethod
 from weft.function.stack import gathered
 
-HOW = ("ddp", "fsdp2 by block", "fsdp2 by layer")
+HOW = ("ddp", "fsdp2 whole", "fsdp2 by block", "fsdp2 by layer")
 _SIZE = 2
 _SECONDS = 120  # a request takes a second; a busy machine needs some to start two processes
 _KEY = "WEFT_PAIR_KEY"
@@ -82,8 +82,8 @@ def _shard(net: Net, how: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (_SIZE,))
-    layers = [m for block in net.blocks for m in (block.modules() if how == "fsdp2 by layer" else [block])]
-    for layer in [m for m in layers if m in net.blocks or isinstance(m, nn.Linear)][::-1]:
+    kinds = {"fsdp2 whole": (), "fsdp2 by block": (Block,), "fsdp2 by layer": (Block, nn.Linear)}[how]
+    for layer in [m for m in net.blocks.modules() if isinstance(m, kinds)][::-1]:
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
 

@@ -21,7 +21,7 @@ import numpy as np
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.computed import as_float32
 from weft.checkpoint.dtypes import DType, dtype_of
-from weft.checkpoint.lora_folder import PREFIX, Adapter, read_adapter
+from weft.checkpoint.lora_folder import PREFIX, Adapter, Part, read_adapter
 from weft.checkpoint.open import natural_key, open_checkpoint
 from weft.edit.adapter_report import AdapterReport
 from weft.edit.low_rank import add_low_rank
@@ -29,6 +29,8 @@ from weft.engine.adapter_writer import AdapterWriter, plain_config
 from weft.errors import CheckpointError, RecipeError, ShapeError
 from weft.kernels.convert import OUTPUT_DTYPES, from_float32
 from weft.method import per_model
+
+_LAYERS = ("Linear", "Conv1D")
 
 
 def merge_adapters(
@@ -112,6 +114,10 @@ def _summable(checkpoint: Checkpoint) -> Adapter:
         if adapter.config.dora
         else "replaces rows of an embedding"
         if adapter.rows
+        else "is MiSS, whose factors are as wide as the base"
+        if adapter.config.miss
+        else "changes tied tensors or layers whose factors PEFT keeps in other shapes"
+        if any(part.tied or getattr(part, "layer", "Linear") not in _LAYERS for part in adapter.parts.values())
         else "changes biases by factors (lora_bias)"
         if any(part.bias is not None for part in adapter.parts.values())
         else ""
@@ -133,7 +139,8 @@ def _add_parts(
     report: AdapterReport,
 ) -> float:
     """Write the sum's factors; the squared norm of their product."""
-    found = [(w, a.parts[module]) for w, a in zip(weights, adapters) if module in a.parts]
+    parts = [(w, a.parts.get(module)) for w, a in zip(weights, adapters)]
+    found = [(w, part) for w, part in parts if isinstance(part, Part)]
     first = found[0][1]
     for _, part in found:
         same = (part.up.shape[0], *part.down.shape[1:]) == (first.up.shape[0], *first.down.shape[1:])

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,8 @@ class Options:
         force: replace an output that weft made, and discard an interrupted run of another recipe.
         commit_bytes: how much is written between two syncs.
         progress: where to report.
+        verify: called with the folder of finished files before the output gets its name; what it returns goes into the
+            report, and what it raises keeps the output from being published.
     """
 
     threads: int = field(default_factory=default_threads)
@@ -61,6 +63,7 @@ class Options:
     force: bool = False
     commit_bytes: int = COMMIT_BYTES
     progress: Progress = field(default_factory=Progress)
+    verify: Callable[[Path], Mapping[str, Any]] | None = None
 
 
 @dataclass
@@ -99,6 +102,8 @@ def execute(plan: Plan, output: str | os.PathLike[str], options: Options | None 
         try:
             _compute(plan, work, writers, done, options)
             _finish(plan, work, writers, done)
+            if options.verify is not None:
+                _report(work, plan, done, options.verify(work.files))
         finally:
             for writer in writers.values():
                 writer.close()
@@ -328,8 +333,7 @@ def _finish(plan: Plan, work: WorkFolder, writers: dict[str, ShardWriter], check
         if len(plan.shards) > 1:
             index = index_file(plan.shards, plan.output_bytes)
             (work.files / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        report = {**plan.report, "checksums": {o.name: checksums[o.name] for o in plan.outputs}}
-        (work.files / REPORT_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        _report(work, plan, checksums, {})
     for path in work.files.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -341,6 +345,16 @@ def _finish(plan: Plan, work: WorkFolder, writers: dict[str, ShardWriter], check
             if {n: t.info for n, t in written.tensors.items()} != dict(writer.header.tensors):
                 raise OutputError(f"{writer.path}: does not read back as it was written; the disk or memory is faulty.")
     sync_folder(work.files)
+
+
+def _report(work: WorkFolder, plan: Plan, checksums: dict[str, str], more: Mapping[str, Any]) -> None:
+    if plan.single_file:
+        return
+    report = {**plan.report, **more, "checksums": {o.name: checksums[o.name] for o in plan.outputs}}
+    with (work.files / REPORT_FILE).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _plain(identity: dict[str, Any]) -> dict[str, Any]:
