@@ -11,9 +11,9 @@ from weft.adapt import LoRA, MixtureOfShards
 
 FROZEN, PASSES, BUDGET, RANK = 4, 1, 4, 6
 TRIALS = {  # two encoder layers: 55,296 numbers each
-    "LoRA, rank 4": Trial(LoRA(rank=BUDGET, alpha=2.0 * BUDGET), (1e-3, 3e-3, 1e-2)),
-    "MoS, rank 6": Trial(MixtureOfShards(budget_rank=BUDGET, rank=RANK, alpha=2.0 * RANK), (1e-3, 3e-3, 1e-2)),
-    "linear probe": Trial(None, (1e-2, 3e-2, 1e-1)),
+    "LoRA, rank 4": Trial(LoRA(rank=BUDGET, alpha=2.0 * BUDGET), (1e-3, 5e-3)),
+    "MoS, rank 6": Trial(MixtureOfShards(budget_rank=BUDGET, rank=RANK, alpha=2.0 * RANK), (1e-3, 5e-3)),
+    "linear probe": Trial(None, (1e-2, 3e-2)),
 }
 
 
