@@ -58,7 +58,7 @@ def read_batches(
     Args:
         data: a ``.jsonl`` or ``.txt`` file, or an iterable of texts, of mappings as in a ``.jsonl`` file, or of sequences of
             token ids.
-        tokenizer: of transformers, as :func:`load_tokenizer` gives it; not needed for token ids.
+        tokenizer: of transformers, as :func:`load_tokenizer` gives it, or the folder of one; not needed for token ids.
         options: how samples are cut.
 
     Returns:
@@ -76,7 +76,16 @@ def read_batches(
     options = options or DataOptions()
     named = str(data) if isinstance(data, str | Path) else "the data"
     lines = _lines(Path(data)) if isinstance(data, str | Path) else enumerate(data, 1)
-    rows = [_row(sample, number, named, tokenizer, options) for number, sample in lines]
+    missing: CheckpointError | None = None
+    if isinstance(tokenizer, str | Path):
+        try:
+            tokenizer = load_tokenizer(tokenizer)
+        except CheckpointError as error:  # token ids do without
+            tokenizer, missing = None, error
+    try:
+        rows = [_row(sample, number, named, tokenizer, options) for number, sample in lines]
+    except _NoTokenizerError as error:
+        raise (missing or error) from None
     rows = [r for r in rows if r[0]]
     if not rows:
         raise RecipeError(f"{named} holds no tokens; a sample is a text, a conversation, or token ids.")
@@ -150,6 +159,10 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from None
 
 
+class _NoTokenizerError(RecipeError):
+    """A text is to be read, and nothing reads it."""
+
+
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix not in (".jsonl", ".json", ".txt"):
         raise CheckpointError(f"{path}: calibration data is a .jsonl file of samples or a .txt file of text.")
@@ -191,7 +204,7 @@ def _row(sample: Any, number: int, named: str, tokenizer: Any, options: DataOpti
             raise CheckpointError(f"{where}: has {len(ids)} input_ids and {len(labels)} labels.")
         return list(ids), list(labels)
     if tokenizer is None:
-        raise RecipeError(
+        raise _NoTokenizerError(
             f"{where}: is a text, and there is no tokenizer to read it; give the model's folder, or token ids."
         )
     if kind == "text":

@@ -91,7 +91,7 @@ def adapt_command(
     """
     from weft.adapt.attach import adapt_
     from weft.adapt.folder import save_adapter
-    from weft.calibrate.data import DataOptions, load_tokenizer, own_batches, read_batches
+    from weft.calibrate.data import DataOptions, own_batches, read_batches
     from weft.calibrate.source import FromCheckpoint
     from weft.checkpoint.open import open_checkpoint
 
@@ -105,9 +105,8 @@ def adapt_command(
             source.load_rest()
         if data:
             folder = checkpoint.folder or Path(model)
-            tokenizer = load_tokenizer(folder)
             options = DataOptions(length=length, batch_size=batch)
-            batches = own_batches(net, tokenizer, options) if data == "self" else read_batches(data, tokenizer, options)
+            batches = own_batches(net, options=options) if data == "self" else read_batches(data, folder, options)
         report = adapt_(
             net, configurations, where="*", name=name, ignore=plan.ignore, modules_to_save=plan.modules_to_save,
             token_rows=plan.token_rows, data=batches,
@@ -144,49 +143,66 @@ def forecast(model: Any, batch: int, length: int) -> dict[str, int]:
     Returns:
         ``weights`` of the frozen model, ``trained``: parameters that train with their gradients and two moments,
         ``kept``: what the backward pass needs of the forward pass, and ``kept_with_checkpointing``: the same if each
-        block is run again in the backward pass.
+        block is run again in the backward pass. The last two are missing where the model's code needs values to run.
     """
     import copy
+    from unittest import mock
 
     import torch
+    from torch.nn import functional
 
     from weft.calibrate.source import find_blocks
 
+    class Attention(torch.autograd.Function):
+        """Keeps what fused attention keeps; without a device torch would take the variant that keeps all scores."""
+
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            out = q.new_empty(*q.shape[:-1], v.shape[-1])
+            ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+            return out
+
     shape = copy.deepcopy(model).to("meta").train()
-    trained = [p for p in shape.parameters() if p.requires_grad]
+    shape.config.use_cache = True  # without, some models look into their position ids, which have no values here
     frozen = {id(p): p for p in [*shape.parameters(), *shape.buffers()] if not p.requires_grad}
-    skipped = {p.untyped_storage()._cdata for p in shape.parameters()}
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in skipped:
-            kept[storage._cdata] = storage  # held, so that its number is not given to another
-        return tensor
-
-    inside: dict[str, list[int]] = {}
-    entering = 0
-    for names in find_blocks(shape):
-        for name in names:
-            module = shape.get_submodule(name)
-            module.register_forward_pre_hook(lambda m, a, n=name: inside.setdefault(n, [len(kept)]) and None)
-            module.register_forward_hook(lambda m, a, o, n=name: inside[n].append(len(kept)))
+    trained = [p for p in shape.parameters() if p.requires_grad]
     facts = {
         "weights": sum(p.nbytes for p in frozen.values()),
         "trained": sum(p.numel() * (2 * p.element_size() + 8) for p in trained),
     }
+    own = {p.untyped_storage()._cdata for p in [*shape.parameters(), *shape.buffers()]}
+    kept: dict[int, Any] = {}  # storages by identity, held so that no two get the same
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept.setdefault(storage._cdata, storage)
+        return tensor
+
+    spans: dict[str, list[int]] = {}
+    for name in [n for names in find_blocks(shape) for n in names]:
+        module = shape.get_submodule(name)
+        module.register_forward_pre_hook(lambda m, a, n=name: spans.update({n: [len(kept)]}))
+        module.register_forward_hook(lambda m, a, o, n=name: spans[n].append(len(kept)))
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            mock.patch.object(
+                functional, "scaled_dot_product_attention", lambda q, k, v, *a, **o: Attention.apply(q, k, v)
+            ),
+        ):
             shape(**_inputs(shape, batch, length))
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
-        return facts  # a model whose forward pass needs values cannot be run without them
+        return facts
     sizes = [s.nbytes() for s in kept.values()]
-    facts["kept"] = sum(sizes)
-    blocks = [sum(sizes[first:last]) for first, last in inside.values()]
-    text = shape.config.get_text_config()
-    entering = batch * length * getattr(text, "hidden_size", 0) * (2 if shape.dtype.itemsize == 2 else 4)
-    facts["kept_with_checkpointing"] = sum(sizes) - sum(blocks) + max(blocks, default=0) + len(blocks) * entering
-    return facts
+    blocks = [sum(sizes[first:last]) for first, last in spans.values()]
+    width = getattr(shape.config.get_text_config(), "hidden_size", 0)
+    entering = len(blocks) * batch * length * width * shape.dtype.itemsize
+    return {
+        **facts,
+        "kept": sum(sizes),
+        "kept_with_checkpointing": sum(sizes) - sum(blocks) + max(blocks, default=0) + entering,
+    }
 
 
 def adapt_text(facts: Mapping[str, Any]) -> str:
