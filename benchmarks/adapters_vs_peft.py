@@ -52,7 +52,7 @@ def adapted(library: str, kind: str, dtype: torch.dtype) -> nn.Module:
     if library == "weft":
         import weft
 
-        config = weft.adapt.LoRA(rank=RANK, alpha=RANK) if kind == "lora" else weft.adapt.MiSS(rank=RANK)
+        config = weft.adapt.LoRA(rank=RANK, alpha=RANK) if kind == "lora" else weft.adapt.Bone(rank=RANK)
         weft.adapt_(model, config)
         return model
     import peft
