@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.adapt import LoRA
-from weft.contract.models import configuration
+from weft.contract.models import attach
 from weft.function import FunctionMethod
 from weft.registry import methods
 
@@ -51,7 +51,7 @@ def layers(features: int) -> dict[str, nn.Module]:
     for name, row in methods().items():
         if isinstance(row, FunctionMethod):
             made[name] = nn.Linear(features, features)
-            weft.parametrize_(made[name], configuration(row))
+            attach(row, made[name], moved=False)
     made["lora on lora"] = nn.Linear(features, features)
     for _ in range(2):
         weft.parametrize_(made["lora on lora"], LoRA())
