@@ -16,7 +16,7 @@ just stays in its order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 
 from weft.errors import WeftError
@@ -29,7 +29,7 @@ class Misaligned(WeftError):
 class Factor:
     """A permutable unit: ``size`` places; with ``parts``, a product or a concatenation (``is_sum``) of other factors."""
 
-    __slots__ = ("frozen", "hints", "is_sum", "number", "parent", "parts", "size")
+    __slots__ = ("frozen", "hints", "is_sum", "number", "parent", "parts", "size", "uniform")
 
     def __init__(self, size: int, number: int, frozen: str = ""):
         self.size = size
@@ -38,6 +38,7 @@ class Factor:
         self.parent: Factor | None = None
         self.parts: list[Factor] = []
         self.is_sum = False
+        self.uniform = False  # made by copying or filling: so far its places are all equal
         self.hints: set[str] = set()
 
 
@@ -63,6 +64,17 @@ class Axes:
     def axis(self, size: int, frozen: str = "") -> Axis:
         """A new axis of one factor, or of none for size 1."""
         return [self.fresh(size, frozen)] if size != 1 else []
+
+    def copies(self, size: int) -> Axis:
+        """A new axis of equal places."""
+        axis = self.axis(size)
+        for factor in axis:
+            factor.uniform = True
+        return axis
+
+    def is_uniform(self, axis: Iterable[Factor]) -> bool:
+        """Whether all places of an axis are equal, so that it fits any order."""
+        return all(leaf.uniform and not leaf.frozen for leaf in self.leaves(axis))
 
     def find(self, factor: Factor) -> Factor:
         """What stands for a factor after all unifications."""
@@ -132,6 +144,7 @@ class Axes:
             factor.parts = [self.fresh(outer, factor.frozen), self.fresh(inner, factor.frozen)]
             for part in factor.parts:
                 part.hints |= factor.hints
+                part.uniform = factor.uniform
             return self.expand(factor.parts[:1]), self.expand(factor.parts[1:])
         outers, inners = [], []
         for term in self.terms(factor):
@@ -199,6 +212,7 @@ class Axes:
             pieces = [self.fresh(n, factor.frozen) for n in sizes]
             for piece in pieces:
                 piece.hints |= factor.hints
+                piece.uniform = factor.uniform
             factor.parts, factor.is_sum = [p for p in pieces if p.size], True
             return [[p] if p.size != 1 else [] for p in pieces]
         terms = self.terms(factor)
@@ -207,18 +221,18 @@ class Axes:
         for term in terms:  # first refine the parts so that every end is a boundary
             inside = [e - start for e in ends if start < e < start + term.size]
             bounds = [0, *inside, term.size]
-            steps = [b - a for a, b in zip(bounds, bounds[1:])]
+            steps = [b - a for a, b in pairwise(bounds)]
             cuts += [self.one(piece) for piece in self.slices([term], steps, reason)] if inside else [term]
             start += term.size
         factor.parts = cuts
         found: list[Axis] = []
         position = 0
         for n in sizes:
-            piece: list[Factor] = []
-            while sum(p.size for p in piece) < n:
-                piece.append(cuts[position])
+            run: list[Factor] = []
+            while sum(p.size for p in run) < n:
+                run.append(cuts[position])
                 position += 1
-            found.append([self.concatenate([[p] for p in piece])] if n else [self.fresh(0)])
+            found.append([self.concatenate([[p] for p in run])] if n else [self.fresh(0)])
         return found
 
     def concatenate(self, pieces: Sequence[Axis]) -> Factor:
@@ -267,6 +281,8 @@ class Axes:
         if x.is_sum:
             x, y = y, x
         x.parent = y
+        for leaf in self.leaves([y]):
+            leaf.uniform = leaf.uniform and x.uniform
         for hint in x.hints:
             self.hint([y], hint)
         if x.frozen:

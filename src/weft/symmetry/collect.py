@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from os.path import commonprefix
+from itertools import takewhile
 
 from weft.symmetry.axes import Axes, Axis, Factor, size_of
 from weft.symmetry.groups import Frozen, Group, Loop, Member, Symmetry
@@ -17,16 +17,16 @@ HEADS = ("heads", "key_value_heads", "query_heads")
 def collect(traced: Traced) -> Symmetry:
     """Groups, frozen factors and unknown operations of a trace."""
     places: dict[Factor, list[Place]] = {}
-    frozen: dict[tuple[str, int, int, str], None] = {}
+    frozen: list[Frozen] = []
     for name, axes in traced.tensors.items():
         for number, axis in enumerate(axes):
             for leaf, start, stride, loops in _places(traced.space, axis):
                 if leaf.frozen and leaf.size > 1:
-                    frozen[name, number, leaf.size, leaf.frozen] = None
+                    frozen.append(Frozen(name, number, leaf.size, leaf.frozen))
                 elif leaf.size > 1:
                     places.setdefault(leaf, []).append((name, number, start, stride, loops))
     within = _within(traced, set(places))
-    order = _order(within)
+    order = _order(within, list(places))
     kinds = {leaf: _kind(leaf, within, places[leaf], traced) for leaf in places}
     names = _names({leaf: (kinds[leaf], [p[0] for p in places[leaf]]) for leaf in order})
     groups = tuple(
@@ -39,7 +39,7 @@ def collect(traced: Traced) -> Symmetry:
     )  # fmt: skip
     shapes = {name: tuple(size_of(a) for a in axes) for name, axes in traced.tensors.items()}
     unknown = tuple(sorted(traced.unknown.items()))
-    return Symmetry(groups, tuple(Frozen(*f) for f in frozen), unknown, shapes, dict(traced.aliases))
+    return Symmetry(groups, tuple(frozen), unknown, shapes, dict(traced.aliases))
 
 
 def _loops(loops: Iterable[tuple[int, int, Factor | None]], names: dict[Factor, str]) -> tuple[Loop, ...]:
@@ -115,17 +115,17 @@ def _within(traced: Traced, free: set[Factor]) -> dict[Factor, set[Factor]]:
     return {leaf: parents[leaf] for leaf in free}
 
 
-def _order(within: dict[Factor, set[Factor]]) -> list[Factor]:
-    """Factors by age, each after those that it lies within."""
+def _order(within: dict[Factor, set[Factor]], found: list[Factor]) -> list[Factor]:
+    """Factors as they were found, each after those that it lies within."""
     order: list[Factor] = []
 
     def add(leaf: Factor) -> None:
         if leaf not in order:
-            for parent in sorted(within[leaf], key=lambda f: f.number):
+            for parent in sorted(within[leaf], key=found.index):
                 add(parent)
             order.append(leaf)
 
-    for leaf in sorted(within, key=lambda f: f.number):
+    for leaf in found:
         add(leaf)
     return order
 
@@ -154,7 +154,9 @@ def _names(groups: dict[Factor, tuple[str, list[str]]]) -> dict[Factor, str]:
     """The modules that a group's tensors share and its kind; if that is not unique, its first tensor's module."""
 
     def shared(tensors: list[str]) -> str:
-        return ".".join(commonprefix([t.split(".")[:-1] for t in tensors]))
+        parts = [t.split(".")[:-1] for t in tensors]
+        same = takewhile(lambda at: len(set(at)) == 1, zip(*parts))
+        return ".".join(at[0] for at in same)
 
     def named(path: str, kind: str) -> str:
         return f"{path}.{kind}" if path else kind

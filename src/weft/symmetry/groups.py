@@ -77,7 +77,7 @@ class Symmetry:
     """What may be permuted in a model without changing its function.
 
     Attributes:
-        groups: in the order of the model's tensors.
+        groups: in the order of the model's tensors, each after those that it lies within.
         frozen: what may not, with reasons.
         unknown: operations without a rule, and how often; all that they touch is frozen.
         shapes: of every tensor.

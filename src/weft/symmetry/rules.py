@@ -61,9 +61,11 @@ class Call:
         for i in range(max(map(len, lists), default=0)):
             aligned = [axes[len(axes) - 1 - i] for axes in lists if i < len(axes)]
             wide = [a for a in aligned if self.space.expand(a)]
-            for other in wide[1:]:
-                self.unify(wide[0], other)
-            out.append(wide[0] if wide else [])
+            written = aligned[:1] if self.name.endswith("_") else []  # in place: what else sees it must follow
+            real = [a for a in wide if a in written or not self.space.is_uniform(a)] or wide[:1]
+            for other in real[1:]:
+                self.unify(real[0], other)
+            out.append(real[0] if real else [])
         return out[::-1]
 
     def dims(self, value: Value, name: str = "dim") -> list[int]:
@@ -156,7 +158,7 @@ def written(call: Call) -> Value:
 )  # fmt: skip
 def uniform(call: Call) -> Value:
     """Equal elements: no order to keep."""
-    return Value([call.space.axis(n) for n in call.shapes[0]], constant=True)
+    return Value([call.space.copies(n) for n in call.shapes[0]], constant=True)
 
 
 @rule(

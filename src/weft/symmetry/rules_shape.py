@@ -65,7 +65,7 @@ def expand(call: Call) -> Value:
     missing = len(shape) - len(value.axes)
     axes = [[] for _ in range(missing)] + value.axes
     return Value(
-        [a if size_of(a) == n else call.space.axis(n) for a, n in zip(axes, shape)], value.indexes, value.constant
+        [a if size_of(a) == n else call.space.copies(n) for a, n in zip(axes, shape)], value.indexes, value.constant
     )
 
 
@@ -76,7 +76,7 @@ def repeat(call: Call) -> Value:
     axes = [[] for _ in range(len(shape) - len(value.axes))] + value.axes
     found = []
     for axis, n in zip(axes, shape):
-        copies = call.space.axis(n // max(size_of(axis), 1))
+        copies = call.space.copies(n // max(size_of(axis), 1))
         found.append(axis + copies if call.name == "repeat_interleave" else copies + axis)
     if call.name == "repeat_interleave" and not isinstance(call["repeats"], int):
         return _cut_anew(call, value, shape)
@@ -192,9 +192,9 @@ def pad(call: Call) -> Value:
             axes[d] = call.space.axis(call.shapes[0][d], f"order matters to {call.name}")
             continue
         pieces: list[Any] = [
-            call.space.axis(before) if before else None,
+            call.space.copies(before) if before else None,
             axes[d],
-            call.space.axis(after) if after else None,
+            call.space.copies(after) if after else None,
         ]
         axes[d] = [call.space.concatenate([p for p in pieces if p is not None])]
     return Value(axes)

@@ -138,8 +138,8 @@ class _Interpreter:
             if name not in used:
                 for axis in axes:
                     self.done.space.freeze(axis, "not used in the traced call")
-        outputs = self._graph(self.program.graph_module, values)
-        for value in _flat(outputs):
+        outputs = list(_flat(self._graph(self.program.graph_module, values)))
+        for value in _chosen(self.program, outputs):
             for axis in [*value.axes, value.indexes or []]:
                 self.done.space.freeze(axis, "an output of the model")
         return self.done
@@ -223,6 +223,15 @@ class _Interpreter:
             for axis in [*value.axes, value.indexes or []]:
                 call.space.freeze(axis, reason)
         return [Value([call.space.axis(n, reason) for n in shape]) for shape in call.shapes]
+
+
+def _chosen(program: Any, outputs: list[Value]) -> list[Value]:
+    """The outputs that stand for the function: logits, in a transformers model that has them, otherwise all."""
+    spec = program.call_spec.out_spec
+    keys = spec.context if isinstance(spec.context, list) else []
+    if "logits" not in keys or any(child.num_leaves != 1 for child in spec.children()) or len(keys) != len(outputs):
+        return outputs
+    return [outputs[keys.index("logits")]]
 
 
 def _is_statistic(node: Any, user: Any) -> bool:
