@@ -133,6 +133,8 @@ def batch_norm(call: Call) -> Value:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call[name] is not None:
             call.unify(x.axes[1], call[name].axes[0])
+    if call.name == "instance_norm":
+        call.mixes(x, range(2, len(x.axes)))
     return Value(x.axes)
 
 
@@ -141,6 +143,7 @@ def layer_norm(call: Call) -> Value:
     """Statistics over the last axes do not depend on their order."""
     x = call["input"]
     call.broadcast([v for v in (x, call["weight"], call["bias"]) if v is not None])
+    call.mixes(x, range(-len(call["normalized_shape"]), 0))
     return Value(x.axes)
 
 
@@ -152,7 +155,7 @@ def group_norm(call: Call) -> Value:
     for name in ("weight", "bias"):
         if call[name] is not None:
             call.unify([f for p in parts for f in p], call[name].axes[0])
-    call.inner.append([*parts, x.axes[0]])
+    call.inner.append([x.axes[0], parts[0]])
     return Value(x.axes)
 
 
