@@ -18,6 +18,27 @@ def linear(call: Call) -> Value:
     return Value(x.axes[:-1] + out)
 
 
+@rule("bilinear")
+def bilinear(call: Call) -> Value:
+    """x (…, in1), y (…, in2), weight (out, in1, in2)."""
+    x, y, weight, bias = call["input1"], call["input2"], call["weight"], call["bias"]
+    call.unify(x.axes[-1], weight.axes[1])
+    call.unify(y.axes[-1], weight.axes[2])
+    call.broadcast([weight.axes[:1], *([bias.axes] if bias is not None else [])])
+    places = call.broadcast([x.axes[:-1], y.axes[:-1]])
+    call.inner.append([*places, weight.axes[1], weight.axes[2]])  # the outer product
+    return Value(places + weight.axes[:1])
+
+
+@rule("_weight_norm")
+def weight_norm(call: Call) -> Value:
+    """A direction (out, in) and a gain (out, 1)."""
+    direction, dim = call["v"], call["dim"]
+    call.broadcast([direction, call["g"]])
+    call.mixes(direction, [d for d in range(len(direction.axes)) if d != dim % len(direction.axes)])
+    return Value(direction.axes, constant=True)
+
+
 def _mark(call: Call, hint: str, *axes: Axis) -> None:
     for axis in axes:
         call.space.hint(axis, hint)
