@@ -215,7 +215,8 @@ def _check(owner: str, row: Parameter, value: Any) -> Any:
                 raise RecipeError(f"{label} must be a list of texts, got {value!r}.")
             return tuple(value)
         return tuple(_number(label, row, v) for v in value)
-    return _number(label, row, value)
+    number = _number(label, row, value)
+    return (number,) if row.type.startswith("tuple") else number
 
 
 def _number(label: str, row: Parameter, value: Any) -> float | int:

@@ -132,10 +132,17 @@ def _how_to_run(row: Method) -> dict[str, str]:
         given = [*required, *(f"{name}={value!r}" for name, value in changed.items())]
         return {"call": f"{place}.{layer.__name__}({', '.join(given)})"}
     if function is None:
-        values = ", ".join(f"{k}={v!r}" for k, v in changed.items())
+        needs = [p.field for p in row.parameters.values() if p.required and p.field not in changed]
+        values = ", ".join([*(f"{k}=…" for k in needs), *(f"{k}={v!r}" for k, v in changed.items())])
         built = f"weft.{row.family}.{row.config.__name__}({values})"
         if hasattr(row, "optimizer"):
             return {"call": f"{built}.build(model)"}
+        if getattr(row, "adapter", False):
+            flags = "".join(f" --{p.key.replace('_', '-')} …" for p in row.parameters.values() if p.required)
+            return {
+                "call": f"weft.adapt_(model, {built})",
+                "shell": f"weft adapt MODEL --method {row.name}{flags} -o OUT",
+            }
         return {"call": f"weft.parametrize_(model, {built})" if hasattr(row.config, "build") else built}
     if hasattr(row, "fills"):
         needed = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
