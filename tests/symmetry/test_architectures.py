@@ -134,6 +134,46 @@ def test_experts_permute_with_their_router() -> None:
     ]  # fmt: skip
 
 
+def test_experts_that_are_chosen_in_groups_permute_inside_of_them() -> None:
+    """DeepSeek: groups of experts are chosen first; the router's correction, a buffer, follows."""
+    import transformers
+
+    config = transformers.DeepseekV3Config(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2, vocab_size=64, n_group=4,
+        intermediate_size=48, n_routed_experts=8, num_experts_per_tok=2, topk_group=2, moe_intermediate_size=16,
+        first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    model = randomize(transformers.DeepseekV3ForCausalLM(config))
+    symmetry = find_symmetry(model)
+    check(model, symmetry, {"input_ids": torch.arange(14).view(2, 7)}, tolerance=1e-5)
+    assert symmetry.unknown == ()
+    groups, experts = symmetry.of_kind("experts")
+    assert (groups.size, symmetry.shape(experts)) == (4, (4, 2))
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in experts.tensors
+    assert (4, 2, 16) in [symmetry.shape(g) for g in symmetry.of_kind("intermediate")]
+    found = kinds(symmetry)  # latent attention: the latents, and heads with what has no position
+    assert found["heads"] == {(4,): 2}
+    assert found["head_dim"] == {(4, 6): 2, (4, 8): 2}
+
+
+def test_outputs_of_another_kind_and_dead_code_freeze_nothing() -> None:
+    """BART looks at the last hidden unit for its shape alone, and gives the encoder's states beside the logits."""
+    import transformers
+
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    model = randomize(transformers.BartForConditionalGeneration(config))
+    symmetry = find_symmetry(model)
+    ids = torch.arange(14).view(2, 7)
+    check(model, symmetry, {"input_ids": ids, "decoder_input_ids": ids[:, :5]}, tolerance=1e-5)
+    assert kinds(symmetry) == {
+        "hidden": {(32,): 1}, "heads": {(4,): 3}, "head_dim": {(4, 8): 6}, "intermediate": {(48,): 2},
+    }  # fmt: skip
+
+
 def test_a_folder_is_enough(tmp_path: Path) -> None:
     """From config.json alone, on the meta device, the same as from the live model."""
     model, _ = architectures.build("llama")
