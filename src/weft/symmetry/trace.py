@@ -142,6 +142,13 @@ class _Interpreter:
             arguments = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
             arguments.update(zip([a.name for a in schema.arguments], args))
             arguments.update(kwargs)
+        for tensor in tensors:
+            if not all(isinstance(n, int) for n in tensor.shape):
+                raise RecipeError(
+                    f"The model makes a tensor whose shape depends on values ({node.target}{_where(node)}), so its axes "
+                    "cannot be traced. Trace the part of the model without it, or choose an implementation without "
+                    "masks of booleans."
+                )
         packet = getattr(node.target, "overloadpacket", node.target)
         name = getattr(packet, "__name__", str(packet))
         call = Call(self.done.space, self.roles, name, arguments, [tuple(t.shape) for t in tensors], why=_where(node))
@@ -159,6 +166,8 @@ class _Interpreter:
             if value.indexes is not None and call.name not in KEEPS_INDEXES and call.name not in POINTING:
                 call.freeze(value.indexes, f"positions in it are used by {call.name}{call.why}")
         rule = RULES.get(call.name) or (pointwise if is_pointwise(target) else None)
+        if call["out"] is not None:  # written over, as in place but under a name that does not say so
+            rule = None
         try:
             if rule is None:
                 raise Misaligned("no rule")
