@@ -74,9 +74,7 @@ class Axes:
         if root.is_sum:
             return [t for part in root.parts for t in self.terms(part)]
         inner = self.expand([root])
-        if len(inner) == 1 and inner[0].is_sum and inner[0] is not root:
-            return self.terms(inner[0])
-        return [root]
+        return self.terms(inner[0]) if len(inner) == 1 and inner[0].is_sum else [root]
 
     def leaves(self, axis: Iterable[Factor]) -> list[Factor]:
         """All factors that have no parts, in order, with repetitions."""
@@ -161,9 +159,7 @@ class Axes:
             raise Misaligned("more places than asked for")
         return found
 
-    def slices(
-        self, axis: Iterable[Factor], sizes: Sequence[int], reason: str = "a slice across factors"
-    ) -> list[Axis]:
+    def slices(self, axis: Axis, sizes: Sequence[int], reason: str = "a slice across factors") -> list[Axis]:
         """Consecutive pieces; factors that a piece ends inside of are frozen."""
         factors = self.expand(axis)
         if len(sizes) == 1 or not factors:
@@ -195,12 +191,11 @@ class Axes:
             start += term.size
         factor.parts = cuts
         found: list[Axis] = []
-        position = 0
+        rest = iter(cuts)
         for n in sizes:
             run: list[Factor] = []
             while sum(p.size for p in run) < n:
-                run.append(cuts[position])
-                position += 1
+                run.append(next(rest))
             found.append([self.concatenate([[p] for p in run])] if n else [self.fresh(0)])
         return found
 
