@@ -192,6 +192,9 @@ def inspect_(
     sort: Annotated[
         str, typer.Option("--sort", help="model (its own order), name, size, rms, outliers, zeros …")
     ] = "model",
+    symmetry: Annotated[
+        bool, typer.Option("--symmetry", help="Which axes permute together, from config.json alone (loads torch).")
+    ] = False,
     limit: Limit = None,
     as_json: Json = False,
     plot: Plot = "",
@@ -199,6 +202,13 @@ def inspect_(
     quiet: Quiet = False,
 ) -> None:
     """Show shapes, dtypes, norms, spread, outliers, zeros and NaN of every tensor and layer."""
+    if symmetry:
+        from weft.view.symmetry import symmetry_command
+
+        if tensors or spectrum or plot or sort != "model":
+            raise RecipeError("--symmetry reads no weights: leave --tensors, --spectrum, --sort and --plot out.")
+        print(symmetry_command(model, json=as_json, limit=limit))
+        return
     from weft.engine.progress import default_progress
     from weft.view.commands import inspect_command
 

@@ -149,17 +149,22 @@ def _places(
     across = [p for p in group.within if p not in {loop.group for loop in members[0].loops}]
     length = symmetry.shapes[tensor][axis]
     if not across:
-        order = np.arange(length)
-        for member in members:
-            order[_positions(member, group.size)] = _moved(group, member, permutation, {})
-        return order, None
+        return _order(group, members, length, permutation, {}), None
     along, units = _other_axis(symmetry, tensor, axis, across)
-    rows = np.broadcast_to(np.arange(length), (symmetry.shapes[tensor][along], length)).copy()
-    for i, row in enumerate(rows):
-        fixed = {name: int(unit[i]) for name, unit in units.items()}
-        for member in members:
-            row[_positions(member, group.size)] = _moved(group, member, permutation, fixed)
-    return rows, along
+    fixed = [{name: int(unit[i]) for name, unit in units.items()} for i in range(symmetry.shapes[tensor][along])]
+    return np.stack([_order(group, members, length, permutation, f) for f in fixed]), along
+
+
+def _order(
+    group: Group, members: list[Member], length: int, permutation: np.ndarray, fixed: Mapping[str, int]
+) -> np.ndarray:
+    """Old places of an axis in their new order; a group may be two factors of one axis, as of x xᵀ laid flat."""
+    order = np.arange(length)
+    for member in members:
+        step = np.arange(length)
+        step[_positions(member, group.size)] = _moved(group, member, permutation, fixed)
+        order = order[step]
+    return order
 
 
 def _moved(group: Group, member: Member, permutation: np.ndarray, fixed: Mapping[str, int]) -> np.ndarray:

@@ -8,6 +8,7 @@ from itertools import takewhile
 
 from weft.symmetry.axes import Axes, Axis, Factor, size_of
 from weft.symmetry.groups import Frozen, Group, Loop, Member, Symmetry
+from weft.symmetry.roles import by_place
 from weft.symmetry.trace import Traced
 
 Place = tuple[str, int, int, int, tuple[tuple[int, int, Factor | None], ...]]
@@ -20,7 +21,7 @@ def collect(traced: Traced) -> Symmetry:
     frozen: list[Frozen] = []
     for name, axes in traced.tensors.items():
         for number, axis in enumerate(axes):
-            for leaf, start, stride, loops in _places(traced.space, axis):
+            for leaf, start, stride, loops in _places(traced, axis):
                 if leaf.frozen and leaf.size > 1:
                     frozen.append(Frozen(name, number, leaf.size, leaf.frozen))
                 elif leaf.size > 1:
@@ -46,21 +47,40 @@ def _loops(loops: Iterable[tuple[int, int, Factor | None]], names: dict[Factor, 
     return tuple(Loop(n, stride, names.get(f, "") if f else "") for n, stride, f in loops)
 
 
+def _strided(space: Axes, axis: Iterable[Factor], unit: int) -> list[tuple[Factor, int]]:
+    """Factors of an axis with their strides."""
+    factors = space.expand(axis)
+    return [(f, unit * size_of(factors[i + 1 :])) for i, f in enumerate(factors)]
+
+
 def _places(
-    space: Axes, axis: Axis, start: int = 0, unit: int = 1, loops: tuple[tuple[int, int, Factor | None], ...] = ()
+    traced: Traced, axis: Axis, start: int = 0, unit: int = 1, loops: tuple[tuple[int, int, Factor | None], ...] = ()
 ) -> Iterator[tuple[Factor, int, int, tuple[tuple[int, int, Factor | None], ...]]]:
     """Every leaf of an axis with its start, its stride and the other factors around it."""
-    factors = space.expand(axis)
-    strides = [unit * size_of(factors[i + 1 :]) for i in range(len(factors))]
-    for i, (factor, stride) in enumerate(zip(factors, strides)):
-        around = [(f.size, s, None if f.is_sum else f) for j, (f, s) in enumerate(zip(factors, strides)) if j != i]
+    pairs = _strided(traced.space, axis, unit)
+    taken = next(((f, stride) for f, stride in pairs if f in traced.doubles), None)
+    if taken is None:
+        yield from _places_of(traced, pairs, start, loops)
+        return
+    table = traced.doubles[taken[0]]
+    for i in range(taken[0].size):
+        rest = [(table[f][i] if f in table else f, stride) for f, stride in pairs if f is not taken[0]]
+        opened = [pair for f, stride in rest for pair in _strided(traced.space, [f], stride)]
+        yield from _places_of(traced, opened, start + i * taken[1], loops)
+
+
+def _places_of(
+    traced: Traced, pairs: list[tuple[Factor, int]], start: int, loops: tuple[tuple[int, int, Factor | None], ...]
+) -> Iterator[tuple[Factor, int, int, tuple[tuple[int, int, Factor | None], ...]]]:
+    for i, (factor, stride) in enumerate(pairs):
+        around = [(f.size, s, None if f.is_sum else f) for j, (f, s) in enumerate(pairs) if j != i]
         inner = tuple(sorted([*loops, *around], key=lambda loop: -loop[1]))
         if not factor.is_sum:
             yield factor, start, stride, inner
             continue
         offset = start
-        for term in space.terms(factor):
-            yield from _places(space, [term], offset, stride, inner)
+        for term in traced.space.terms(factor):
+            yield from _places(traced, [term], offset, stride, inner)
             offset += term.size * stride
 
 
@@ -89,13 +109,15 @@ def _within(traced: Traced, free: set[Factor]) -> dict[Factor, set[Factor]]:
     for inputs, outputs in traced.records:
         twice: set[Factor] = set()
         touched: set[Factor] = set()
-        for i, axes in enumerate([*inputs, *outputs]):
+        given = [part for axes in inputs for part in by_place(space, traced.doubles, axes)]
+        made = [part for axes in outputs for part in by_place(space, traced.doubles, axes)]
+        for i, axes in enumerate([*given, *made]):
             tops = [Counter(f for f in space.expand(axis) if not f.is_sum) for axis in axes]
             everywhere: Counter[Factor] = sum(tops, Counter())
             leaves = [set(space.leaves(axis)) & free for axis in axes]
             counts = Counter(f for axis in leaves for f in axis)
             twice |= {f for f, n in counts.items() if n > 1}
-            if i < len(inputs):
+            if i < len(given):
                 touched.update(*leaves)
             for axis, own in zip(axes, tops):
                 for leaf, beside in _around(space, axis, everywhere - own):

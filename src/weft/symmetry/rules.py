@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from weft.symmetry.axes import Axes, Axis, size_of
+from weft.symmetry.roles import Roles
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Call:
     """One operation with its arguments by name; tensors are :class:`Value`."""
 
     space: Axes
+    roles: Roles
     name: str
     arguments: dict[str, Any]
     shapes: list[tuple[int, ...]]
@@ -67,6 +69,11 @@ class Call:
                 self.unify(real[0], other)
             out.append(real[0] if real else [])
         return out[::-1]
+
+    def mixes(self, value: Value, dims: Sequence[int]) -> None:
+        """Places of some axes meet, for each place of the others: there is a tensor inside without those axes."""
+        gone = {d % max(len(value.axes), 1) for d in dims}
+        self.inner.append([a for d, a in enumerate(value.axes) if d not in gone])
 
     def dims(self, value: Value, name: str = "dim") -> list[int]:
         """Axes by number from an argument; all if it is absent."""
@@ -178,12 +185,19 @@ def ordered(call: Call) -> Value:
     return Value([call.space.axis(n, f"positions ({call.name})") for n in call.shapes[0]], constant=True)
 
 
+@rule("outer", "ger")
+def outer(call: Call) -> Value:
+    """Every element with every other."""
+    return Value([call["self"].axes[0], next(v for v in (call["vec2"], call["other"]) if v is not None).axes[0]])
+
+
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax")
 def softmax(call: Call) -> Value:
     """Normalised over an axis, whatever its order."""
     value = call["self"]
     if len(value.axes) >= 4:
         call.space.hint(value.axes[-3], "heads")
+    call.mixes(value, [call["dim"]])
     return Value(value.axes)
 
 
@@ -193,6 +207,7 @@ def along(call: Call) -> Value:
     value = call["self"]
     names = {"flip": "dims", "roll": "dims"}
     dims = [-1, -2] if call.name in ("tril", "triu") else call.dims(value, names.get(call.name, "dim"))
+    call.mixes(value, dims)
     for d in dims:
         call.freeze(value.axes[d])
     same_size = zip(value.axes, call.shapes[0])

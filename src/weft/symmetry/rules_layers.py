@@ -18,6 +18,27 @@ def linear(call: Call) -> Value:
     return Value(x.axes[:-1] + out)
 
 
+@rule("bilinear")
+def bilinear(call: Call) -> Value:
+    """x (…, in1), y (…, in2), weight (out, in1, in2)."""
+    x, y, weight, bias = call["input1"], call["input2"], call["weight"], call["bias"]
+    call.unify(x.axes[-1], weight.axes[1])
+    call.unify(y.axes[-1], weight.axes[2])
+    call.broadcast([weight.axes[:1], *([bias.axes] if bias is not None else [])])
+    places = call.broadcast([x.axes[:-1], y.axes[:-1]])
+    call.inner.append([*places, weight.axes[1], weight.axes[2]])  # the outer product
+    return Value(places + weight.axes[:1])
+
+
+@rule("_weight_norm")
+def weight_norm(call: Call) -> Value:
+    """A direction (out, in) and a gain (out, 1)."""
+    direction, dim = call["v"], call["dim"]
+    call.broadcast([direction, call["g"]])
+    call.mixes(direction, [d for d in range(len(direction.axes)) if d != dim % len(direction.axes)])
+    return Value(direction.axes, constant=True)
+
+
 def _mark(call: Call, hint: str, *axes: Axis) -> None:
     for axis in axes:
         call.space.hint(axis, hint)
@@ -133,6 +154,8 @@ def batch_norm(call: Call) -> Value:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call[name] is not None:
             call.unify(x.axes[1], call[name].axes[0])
+    if call.name == "instance_norm":
+        call.mixes(x, range(2, len(x.axes)))
     return Value(x.axes)
 
 
@@ -141,6 +164,7 @@ def layer_norm(call: Call) -> Value:
     """Statistics over the last axes do not depend on their order."""
     x = call["input"]
     call.broadcast([v for v in (x, call["weight"], call["bias"]) if v is not None])
+    call.mixes(x, range(-len(call["normalized_shape"]), 0))
     return Value(x.axes)
 
 
@@ -152,7 +176,7 @@ def group_norm(call: Call) -> Value:
     for name in ("weight", "bias"):
         if call[name] is not None:
             call.unify([f for p in parts for f in p], call[name].axes[0])
-    call.inner.append([*parts, x.axes[0]])
+    call.inner.append([x.axes[0], parts[0]])
     return Value(x.axes)
 
 

@@ -146,14 +146,18 @@ def select(call: Call) -> Value:
     dim = call["dim"] % len(value.axes)
     if not isinstance(call["index"], int):
         call.freeze(value.axes[dim])
-    else:
-        _take(call, value.axes[dim], call["index"])
-    return Value([a for d, a in enumerate(value.axes) if d != dim], value.indexes, value.constant)
+        return Value([a for d, a in enumerate(value.axes) if d != dim], value.indexes, value.constant)
+    return _place(call, value, dim, call["index"] % max(size_of(value.axes[dim]), 1))
 
 
-def _take(call: Call, axis: Axis, index: int) -> None:
-    if size_of(axis) > 1:
-        _piece(call, axis, index % size_of(axis), 1)
+def _place(call: Call, value: Value, dim: int, index: int) -> Value:
+    """A tensor at one place of an axis."""
+    rest = [a for d, a in enumerate(value.axes) if d != dim]
+    if call.roles.takes_apart(value.axes[dim]):
+        rest = [call.roles.place(value.axes[dim], axis, index) for axis in rest]
+    elif size_of(value.axes[dim]) > 1:
+        _piece(call, value.axes[dim], index, 1)
+    return Value(rest, value.indexes, value.constant)
 
 
 @rule("unbind")
@@ -161,8 +165,7 @@ def unbind(call: Call) -> list[Value]:
     """Every place of an axis on its own."""
     value = call["self"]
     dim = (call["dim"] or 0) % len(value.axes)
-    call.freeze(value.axes[dim], f"parts with roles of their own ({call.name})")
-    return [Value([a for d, a in enumerate(value.axes) if d != dim]) for _ in call.shapes]
+    return [_place(call, value, dim, i) for i in range(len(call.shapes))]
 
 
 @rule("glu")

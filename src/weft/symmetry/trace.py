@@ -15,6 +15,7 @@ from weft.errors import RecipeError
 from weft.symmetry import rules_index, rules_layers, rules_shape  # noqa: F401 (enter their rules)
 from weft.symmetry.axes import Axes, Axis, Misaligned
 from weft.symmetry.experts import opaque_experts
+from weft.symmetry.roles import Doubles, Roles
 from weft.symmetry.rules import KEEPS_INDEXES, RULES, Call, Value, is_pointwise, is_value, pointwise
 from weft.symmetry.rules_index import POINTING
 
@@ -32,6 +33,7 @@ class Traced:
     aliases: dict[str, str]  # further name -> first name
     records: list[tuple[list[list[Axis]], list[list[Axis]]]] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
+    doubles: Doubles = field(default_factory=dict)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Traced:
@@ -109,6 +111,7 @@ class _Interpreter:
         space = Axes()
         tensors = {name: [space.axis(n) for n in shape] for name, shape in names.items()}
         self.done = Traced(space, tensors, aliases)
+        self.roles = Roles(space)
 
     def run(self) -> Traced:
         signature = self.program.graph_signature
@@ -142,6 +145,7 @@ class _Interpreter:
         for value in _chosen(self.program, outputs):
             for axis in [*value.axes, value.indexes or []]:
                 self.done.space.freeze(axis, "an output of the model")
+        self.done.doubles = self.roles.settle(self.done.tensors.values(), self.done.records)
         return self.done
 
     def _input(self, node: Any, reason: str) -> Any:
@@ -187,7 +191,7 @@ class _Interpreter:
             arguments.update(kwargs)
         packet = getattr(node.target, "overloadpacket", node.target)
         name = getattr(packet, "__name__", str(packet))
-        call = Call(self.done.space, name, arguments, [tuple(t.shape) for t in tensors], why=_where(node))
+        call = Call(self.done.space, self.roles, name, arguments, [tuple(t.shape) for t in tensors], why=_where(node))
         result = self._apply(call, node.target)
         inputs = [v.axes for v in call.values()]
         self.done.records.append((inputs, [*(v.axes for v in _flat(result)), *call.inner]))
@@ -208,16 +212,17 @@ class _Interpreter:
             found = rule(call)
             result = found if isinstance(found, list) else [found]
             if [v.shape for v in result] != call.shapes:
-                raise Misaligned("another shape")
+                raise ValueError("another shape")
             return result
-        except NO_RULE:
-            return self._freeze(call, target)
+        except NO_RULE as error:
+            misfit = rule is not None and isinstance(error, Misaligned)
+            return self._freeze(call, target, "factors do not match in" if misfit else "unknown operation")
 
-    def _freeze(self, call: Call, target: Any) -> list[Value]:
+    def _freeze(self, call: Call, target: Any, what: str) -> list[Value]:
         name = str(target).removesuffix(".default")
-        reason = f"unknown operation {name}{call.why}"
+        reason = f"{what} {name}{call.why}"
         values = call.values()
-        if any(call.space.leaves(a) for v in values for a in v.axes):
+        if what.startswith("unknown") and any(call.space.leaves(a) for v in values for a in v.axes):
             self.done.unknown[name] = self.done.unknown.get(name, 0) + 1
         for value in values:
             for axis in [*value.axes, value.indexes or []]:
