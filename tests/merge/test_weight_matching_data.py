@@ -37,11 +37,10 @@ def mlp(seed: int, activation: type[nn.Module] = nn.Tanh, width: int = 16) -> nn
 
 def convolutions(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5),
         nn.ReLU(), nn.Flatten(), nn.Linear(80, 2),
     )  # fmt: skip
-    return model
 
 
 def llama(seed: int) -> nn.Module:
@@ -135,23 +134,29 @@ def test_activations_refuse_what_they_cannot_use() -> None:
 # straight-through
 
 
-def test_straight_through_lowers_the_loss_of_the_average() -> None:
+def trained(width: int) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """Two networks of one task, and its data."""
     x = torch.randn(256, 6, generator=torch.Generator().manual_seed(0))
     y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin(), x[:, 3].abs()], 1)
     models = []
     for seed in (0, 1):
-        model = mlp(seed, nn.ReLU)
+        model = mlp(seed, nn.ReLU, width)
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        for _ in range(200):
+        for _ in range(100):
             loss = functional.mse_loss(model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        model.zero_grad()
         models.append(model)
-    a, b = models
+    return models[0], models[1], x, y
+
+
+def test_straight_through_lowers_the_loss_of_the_average() -> None:
+    a, b, x, y = trained(48)
     before = {n: t.clone() for n, t in a.state_dict().items()}
     symmetry = find_symmetry(a, x)
-    found = match_straight_through(a, b, symmetry, [(x, y)] * 60, functional.mse_loss, learning_rate=0.5)
+    found = match_straight_through(a, b, symmetry, [(x, y)] * 80, functional.mse_loss, learning_rate=0.1)
 
     def average(permutations: Any) -> float:
         moved = symmetry.apply(b.state_dict(), permutations)
@@ -159,18 +164,41 @@ def test_straight_through_lowers_the_loss_of_the_average() -> None:
         with torch.no_grad():
             return functional.mse_loss(torch.func.functional_call(a, state, x), y).item()
 
-    assert len(found.losses) == 60
-    assert found.best_step == int(np.argmin(found.losses)) > 0
+    assert len(found.losses) == 80
+    assert found.best_step == int(np.argmin(found.losses))
     # the first step is plain weight matching; losses are those of the real average
     assert found.losses[0] == pytest.approx(average(match_weights(a, b, symmetry).permutations), rel=1e-5)
     assert average(found.permutations) == pytest.approx(min(found.losses), rel=1e-5)
-    assert min(found.losses) < 0.9 * found.losses[0]
+    assert min(found.losses) < 0.95 * found.losses[0]
     assert all(torch.equal(t, before[n]) for n, t in a.state_dict().items())
-    assert all(p.grad is None or n for n, p in a.named_parameters())
-    scored = match_straight_through(
-        a, b, symmetry, [(x, y)] * 5, functional.mse_loss, score=lambda state: -float(state["0.bias"].sum())
-    )
-    assert 0 <= scored.best_step < 5
+
+
+def test_straight_through_moves_by_the_gradient_of_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.merge.weight_matching import straight_through
+
+    a, b, x, y = trained(16)
+    symmetry, seen = find_symmetry(a, x), []
+
+    def spy(reference: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append({n: t.clone() for n, t in reference.items()})
+        return match_weights(reference, *args, **kwargs)
+
+    monkeypatch.setattr(straight_through, "match_weights", spy)
+    batches = [(x, y)] * 2
+    match_straight_through(a, b, symmetry, batches, functional.mse_loss, learning_rate=0.3, momentum=0)
+    moved = symmetry.apply(b.state_dict(), match_weights(a, b, symmetry).permutations)
+    middle = {n: ((t + moved[n]) / 2).requires_grad_() for n, t in a.state_dict().items()}
+    loss = functional.mse_loss(torch.func.functional_call(a, middle, x), y)
+    for (name, start), gradient in zip(a.state_dict().items(), torch.autograd.grad(loss, list(middle.values()))):
+        torch.testing.assert_close(seen[0][name], start)
+        torch.testing.assert_close(seen[1][name], start - 0.3 * gradient / 2)
+
+
+def test_straight_through_keeps_what_a_score_prefers() -> None:
+    a, b, x, y = trained(16)
+    symmetry, scores = find_symmetry(a, x), iter([3.0, math.nan, 1.0, 2.0])
+    found = match_straight_through(a, b, symmetry, [(x, y)] * 4, functional.mse_loss, score=lambda state: next(scores))
+    assert found.best_step == 2
 
 
 def test_straight_through_refuses_no_data_and_nan() -> None:
@@ -178,7 +206,7 @@ def test_straight_through_refuses_no_data_and_nan() -> None:
     symmetry = find_symmetry(a, x)
     with pytest.raises(RecipeError, match="no batch"):
         match_straight_through(a, mlp(1), symmetry, [], functional.mse_loss)
-    with pytest.raises((RecipeError, NonFiniteError)):
+    with pytest.raises(RecipeError, match="NaN at all of 1 steps"):
         match_straight_through(a, mlp(1), symmetry, [(x * math.nan, x[:, :3])], functional.mse_loss)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -100,13 +101,14 @@ def match_straight_through(
                 module.training = True
             states = {**merged, **{name: b.clone() for name, b in buffers.items()}}
             value = loss(call(_with(reference, states), inputs), targets)
-        optimizer.zero_grad()
-        value.backward()
         losses.append(value.item())
         found = losses[-1] if score is None else score({n: t.detach() for n, t in states.items()})
-        if found == found and (best is None or found < best[0]):
+        if not math.isnan(found) and (best is None or found < best[0]):
             best = found, step, permutations
-        optimizer.step()
+        if math.isfinite(losses[-1]):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
     if best is None:
         raise RecipeError(
             "There is no batch to train the permutation on."
