@@ -167,6 +167,26 @@ def merge(
     _execute(recipe, output, dry_run, force, threads, memory, as_json, quiet)
 
 
+@app.command(epilog="Example: weft align other/ --to model/ -o aligned/")
+def align(
+    model: Annotated[str, typer.Argument(help="Folder of a transformers model, trained apart from the other.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to make.")],
+    to: Annotated[str, typer.Option("--to", help="The model whose order of units to take.")],
+    restarts: Annotated[int, typer.Option("--restarts", min=1, help="Descents; the best is kept.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order of groups and of further starts.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Permute a model's hidden units and heads to match another's, without changing its function."""
+    from weft.cli.align import align_command, align_text
+    from weft.engine.progress import default_progress
+
+    with _progress(default_progress(quiet)) as progress:
+        facts = align_command(model, to, output, restarts=restarts, seed=seed, force=force, progress=progress)
+    print(json.dumps(facts) if as_json else align_text(facts))
+
+
 @app.command(epilog="Example: weft convert pytorch_model.bin -o model.safetensors")
 def convert(
     model: Annotated[str, typer.Argument(help="What to read: .bin, .pt, folder, base+adapter, Hub id.")],
