@@ -8,6 +8,7 @@ transformers' own conversions.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,41 @@ def open_source(
         return InMemory(model, blocks)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     return FromCheckpoint(checkpoint, model_class, blocks)
+
+
+@contextlib.contextmanager
+def whole_model(checkpoint: Checkpoint, copies: float = 1.0, beside: float = 0.0) -> Iterator[Any]:
+    """A transformers model with all its weights, for the length of a ``with``.
+
+    Args:
+        checkpoint: an open checkpoint with a ``config.json``.
+        copies: how often the weights will be in memory (with gradients: twice).
+        beside: bytes for each parameter that are needed beside them.
+
+    Raises:
+        CheckpointError: this machine has not the memory.
+    """
+    needed, there = int(checkpoint.nbytes * copies + checkpoint.parameters * beside), physical_memory()
+    if needed > 0.8 * there:
+        raise CheckpointError(
+            f"{checkpoint.name}: this needs the whole model in memory, {needed / 1e9:,.1f} GB with what is kept beside it, "
+            f"and the machine has {there / 1e9:,.1f} GB. Use statistics that a walk gathers block by block (gram, scales, …), "
+            "or a larger machine."
+        )
+    source = FromCheckpoint(checkpoint)
+    names = [n for stack in source.stacks for n in stack]
+    source.load_rest()
+    source.load(names)
+    try:
+        yield source.model
+    finally:
+        source.drop(names)
+        source.drop_rest()
+
+
+def physical_memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] = ()) -> list[list[str]]:

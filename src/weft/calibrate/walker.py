@@ -224,7 +224,7 @@ class Walk:
         try:
             for number, batch in enumerate(self.batches):
                 with self._standing_in(len(self.source.stacks), number, {}):
-                    yield _call(self.model, batch)
+                    yield call(self.model, batch)
         finally:
             self.source.drop_rest()
 
@@ -266,7 +266,7 @@ class Walk:
         for number, batch in enumerate(self.batches):
             shared: dict[int, Tensor] = {}
             with self._standing_in(index, number, shared), contextlib.suppress(_Stop):
-                _call(self.model, batch)
+                call(self.model, batch)
             for name in names:
                 if len(self._calls[name]) != number + 1:
                     raise RecipeError(
@@ -439,7 +439,8 @@ def _without_cache(model: nn.Module) -> list[Any]:
     return found
 
 
-def _call(model: nn.Module, batch: Batch) -> Any:
+def call(model: nn.Module, batch: Batch) -> Any:
+    """A model's outputs for a batch."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
