@@ -6,7 +6,8 @@ Start with :func:`weft.calibrate.collect`, which gathers statistics and can writ
 """
 
 from weft.calibrate.collect import collect
+from weft.calibrate.rewrite import rewrite
 from weft.calibrate.statistics import Statistics
 from weft.calibrate.walker import Block, Walk
 
-__all__ = ["Block", "Statistics", "Walk", "collect"]
+__all__ = ["Block", "Statistics", "Walk", "collect", "rewrite"]

@@ -11,10 +11,8 @@ output folder a block's statistics are written before the next block is loaded, 
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,21 +23,21 @@ from torch import Tensor, nn
 import weft
 from weft.calibrate import gradients
 from weft.calibrate.collectors import KINDS
-from weft.calibrate.experts import Slice, unfused
-from weft.calibrate.facts import Facts, check_target, publish
+from weft.calibrate.experts import unfused
+from weft.calibrate.facts import Facts
 from weft.calibrate.gradients import GRADIENTS
 from weft.calibrate.per_sample import evaluating
+from weft.calibrate.sink import FolderSink, MemorySink
 from weft.calibrate.source import find_blocks, whole_model
 from weft.calibrate.statistics import Statistics
-from weft.calibrate.walker import Block, Walk, call, digest_of
+from weft.calibrate.walker import Walk, call, digest_of
 from weft.calibrate.watch import Watch, check_what, experts_of, layers_of
+from weft.calibrate.watch_block import block_layers, results_of, two_axes, watched
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.fingerprint import fingerprint_of
 from weft.checkpoint.open import open_checkpoint
-from weft.checkpoint.save import save_tensors
-from weft.engine.journal import WorkFolder
 from weft.engine.progress import Progress
-from weft.errors import OutputError, RecipeError
+from weft.errors import RecipeError
 from weft.function.where import Selector, matches, nearest_names
 
 STATISTICS = (*KINDS, "routing", *GRADIENTS)
@@ -100,7 +98,7 @@ def collect(
         raise RecipeError("There are no calibration batches: the data is empty, or its iterator was used up before.")
     options = {"what": kinds, "where": where if isinstance(where, str) else repr(where), "dtype": dtype, "seed": seed}
     opened = None if isinstance(model, nn.Module) else open_checkpoint(model)
-    sink: _Memory = _Memory(_DTYPES[dtype]) if output is None else _Folder(output, force, _DTYPES[dtype])
+    sink: MemorySink = MemorySink(_DTYPES[dtype]) if output is None else FolderSink(output, force, _DTYPES[dtype])
     try:
         source = model if opened is None else opened
         assert isinstance(source, nn.Module | Checkpoint)
@@ -122,116 +120,6 @@ def collect(
             opened.close()
 
 
-def watched(
-    block: Block, what: Sequence[str], where: Selector = "*", layers: Mapping[str, nn.Module] | None = None
-) -> Watch:
-    """A :class:`Watch` of a walked block's layers, with padding left out; use it around ``block.run()``.
-
-    Args:
-        block: whose weights are loaded.
-        what: kinds of statistics of inputs, and ``routing``.
-        where: which layers.
-        layers: those to watch, instead of ``where``.
-    """
-    mine = block_layers(block, where) if layers is None else layers
-    experts = experts_of(block.module, block.name) if "routing" in what else {}
-    return Watch(mine, [k for k in what if k in KINDS], experts=experts, mask=_mask_in(block))
-
-
-def block_layers(block: Block, where: Selector = "*") -> dict[str, nn.Module]:
-    """The chosen layers of a walked block: linear ones, single experts, convolutions."""
-    every = {**layers_of(block.module, block.name), **block.linears()}
-    return {n: m for n, m in every.items() if matches(where, n, m)}
-
-
-class _Memory:
-    """Where statistics go: a dictionary."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.tensors: dict[str, Tensor] = {}
-        self._dtype = dtype
-        self.walk_folder: Path | None = None
-
-    def begin(self, facts: Facts, model: Any) -> Any:
-        """Enter before anything is gathered."""
-        return nullcontext()
-
-    def put(self, part: str, tensors: Iterable[tuple[str, Tensor]], facts: Facts) -> None:
-        """Keep the tensors of one part of the model."""
-        for name, tensor in tensors:
-            wide = tensor.is_floating_point() and name.endswith(("/gram", *(f"/{g}" for g in GRADIENTS)))
-            self.tensors[name] = tensor.to(self._dtype) if wide else tensor
-
-    def finish(self, facts: Facts, force: bool) -> Statistics:
-        """Everything that was gathered."""
-        return Statistics(self.tensors, facts)
-
-
-class _Folder(_Memory):
-    """Where statistics go: a folder that appears when it is complete; each part is on disk before the next begins."""
-
-    def __init__(self, output: str | os.PathLike[str], force: bool, dtype: torch.dtype):
-        super().__init__(dtype)
-        self._force = force
-        self._work = WorkFolder(check_target(output, force))
-        self._output = self._work.output
-
-    def begin(self, facts: Facts, model: Any) -> Any:
-        print_of = model.fingerprint if isinstance(model, Checkpoint) else ""
-        identity = {**json.loads(json.dumps(facts.provenance)), "files": print_of}
-        self._work.acquire()
-        before = self._work.read()[0]
-        if before is not None and before != identity and not self._force:
-            self._work.release()
-            raise OutputError(
-                f"{self._work.root}: holds an unfinished run with other options, data or another model. Finish it, or start "
-                "over with --force."
-            )
-        self.walk_folder = self._work.root / "walk"
-        goes_on = before == identity and self._work.files.is_dir()
-        if not goes_on:
-            for folder in (self._work.files, self.walk_folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            for part in self._work.root.glob("*.json"):
-                part.unlink()
-            self._work.files.mkdir()
-        self._work.begin(None if goes_on else identity)
-        return self
-
-    def __enter__(self) -> None:
-        """Nothing is left to do."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not self._work.root.exists():
-            return
-        if isinstance(error, KeyboardInterrupt | OutputError):
-            self._work.release()  # the same command goes on from here
-        else:
-            self._work.remove()
-
-    def put(self, part: str, tensors: Iterable[tuple[str, Tensor]], facts: Facts) -> None:
-        super().put(part, tensors, facts)
-        path = self._work.files / f"{part}.safetensors"
-        path.unlink(missing_ok=True)
-        if self.tensors:
-            save_tensors(path, self.tensors, {"format": "pt"})
-        files = dict.fromkeys(self.tensors, path.name)
-        self.tensors = {}
-        (self._work.root / f"{part}.json").write_text(facts.to_json(files), encoding="utf-8")
-
-    def finish(self, facts: Facts, force: bool) -> Statistics:
-        files: dict[str, str] = {}
-        facts = Facts(provenance=facts.provenance)  # in the order of the files, whichever run wrote them
-        for path in sorted(self._work.root.glob("*.json")):
-            part = json.loads(path.read_text(encoding="utf-8"))
-            facts.add(Facts.from_json(part, path.name))
-            files |= part["weight_map"]
-        if not files:
-            raise RecipeError("No statistics were gathered: no row of the data reached a layer that was chosen.")
-        publish(self._work, facts, files, force)
-        return Statistics.load(self._output)
-
-
 def _is_walked(model: nn.Module | Checkpoint, blocks: str | Sequence[str]) -> bool:
     if isinstance(model, Checkpoint) or blocks:
         return True
@@ -244,7 +132,7 @@ def _is_walked(model: nn.Module | Checkpoint, blocks: str | Sequence[str]) -> bo
 
 def _walk(
     model: nn.Module | Checkpoint, batches: list[Any], what: Sequence[str], where: Selector, blocks: str | Sequence[str],
-    memory: int, check: bool, sink: _Memory, facts: Facts, progress: Progress,
+    memory: int, check: bool, sink: MemorySink, facts: Facts, progress: Progress,
 ) -> None:  # fmt: skip
     with Walk(model, batches, blocks=blocks, memory=memory, folder=sink.walk_folder, check=check) as walk:
         _check_choice(walk, what, where)
@@ -257,7 +145,7 @@ def _walk(
             with watched(block, what, where) as watch:
                 block.run(keep=True)
             part = Facts()
-            sink.put(f"block-{block.number:05d}", _results(watch, block_layers(block, where), part), part)
+            sink.put(f"block-{block.number:05d}", results_of(watch, block_layers(block, where), part), part)
             facts.add(part)
             progress.advance(block.name, 1)
 
@@ -273,7 +161,7 @@ def _check_choice(walk: Walk, what: Sequence[str], where: Selector) -> None:
 
 
 def _run_whole(
-    model: nn.Module, batches: list[Any], what: Sequence[str], where: Selector, sink: _Memory, facts: Facts
+    model: nn.Module, batches: list[Any], what: Sequence[str], where: Selector, sink: MemorySink, facts: Facts
 ) -> None:
     """All layers of a module in memory, in plain forward passes."""
     mask: Tensor | None = None
@@ -285,16 +173,16 @@ def _run_whole(
             raise RecipeError(_nothing(where, what, list(every.items())))
         with Watch(layers, [k for k in what if k in KINDS], experts=routed, mask=lambda x: mask) as watch:
             for batch in batches:
-                mask = _two_axes(batch, "attention_mask")
+                mask = two_axes(batch, "attention_mask")
                 call(model, batch)
         part = Facts()
-        sink.put("model", _results(watch, layers, part), part)
+        sink.put("model", results_of(watch, layers, part), part)
         facts.add(part)
 
 
 def _gradients(
     model: nn.Module | Checkpoint, batches: list[Any], labels: Sequence[Tensor] | None, kinds: Sequence[str],
-    where: Selector, seed: int, sink: _Memory, facts: Facts,
+    where: Selector, seed: int, sink: MemorySink, facts: Facts,
 ) -> None:  # fmt: skip
     whole = whole_model(model, 2, 8 * len(kinds)) if isinstance(model, Checkpoint) else nullcontext(model)
     with whole as network:
@@ -320,52 +208,6 @@ def _gradients(
                 found = function(network, batches, labels)
             sink.put(kind, ((f"{n}/{kind}", t) for n, t in found.items() if n in chosen), part)
         facts.add(part)
-
-
-def _results(watch: Watch, layers: Mapping[str, nn.Module], facts: Facts) -> Iterable[tuple[str, Tensor]]:
-    """Tensors by name, each forgotten as soon as it is given; facts are filled in first."""
-    for name, module in layers.items():
-        leader = watch.leaders.get(name)
-        if leader is not None or isinstance(module, Slice):  # an expert that no token chose has no rows
-            facts.layers[name] = (leader or name, watch.inputs[leader].rows if leader else 0)
-            weight: Any = module.weight
-            facts.fingerprints[f"{name}.weight"] = fingerprint_of(weight)
-    if not watch.inputs:
-        facts.layers.clear()
-    facts.experts = {name: routing.rows for name, routing in watch.routing.items()}
-    for name in facts.experts:
-        matrices: Any = watch.experts[name].down_proj
-        facts.fingerprints[f"{name}.down_proj"] = fingerprint_of(matrices)
-
-    def tensors() -> Iterable[tuple[str, Tensor]]:
-        for name in list(watch.inputs):
-            for kind, tensor in watch.inputs.pop(name).result().items():
-                yield f"{name}/{kind}", tensor
-        for name, routing in watch.routing.items():
-            yield from ((f"{name}/{kind}", tensor) for kind, tensor in routing.result().items())
-
-    return tensors()
-
-
-def _mask_in(block: Block) -> Callable[[Tensor], Tensor | None]:
-    """Which tokens of a layer's input are not padding: those of its list's own mask, or, of a decoder's layer that is given
-    the encoder's states, those of the encoder's.
-    """
-    walk = block.walk
-    encodes = bool(getattr(getattr(walk.model, "config", None), "is_encoder_decoder", False))
-    decodes = encodes and any(block.name in stack for stack in walk.source.stacks[1:])
-
-    def mask(x: Tensor) -> Tensor | None:
-        batch = walk.batches[walk.batch_number]
-        crosses = decodes and any(x is given for given in block.given(walk.batch_number))
-        return _two_axes(batch, "decoder_attention_mask" if decodes and not crosses else "attention_mask")
-
-    return mask
-
-
-def _two_axes(batch: Any, name: str) -> Tensor | None:
-    mask = batch.get(name) if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _provenance(model: nn.Module | Checkpoint, batches: list[Any], options: dict[str, Any]) -> dict[str, Any]:
