@@ -28,7 +28,7 @@ from weft.calibrate.facts import Facts
 from weft.calibrate.gradients import GRADIENTS
 from weft.calibrate.per_sample import evaluating
 from weft.calibrate.sink import FolderSink, MemorySink
-from weft.calibrate.source import find_blocks, whole_model
+from weft.calibrate.source import InMemory, find_blocks, whole_model
 from weft.calibrate.statistics import Statistics
 from weft.calibrate.walker import Walk, call, digest_of
 from weft.calibrate.watch import Watch, check_what, experts_of, layers_of
@@ -135,7 +135,7 @@ def _walk(
     memory: int, check: bool, sink: MemorySink, facts: Facts, progress: Progress,
 ) -> None:  # fmt: skip
     with Walk(model, batches, blocks=blocks, memory=memory, folder=sink.walk_folder, check=check) as walk:
-        _check_choice(walk, what, where)
+        check_choice(walk.source, what, where)
         progress.start("calibrating", len(walk), len(walk), "blocks")
         done = 0
         for block in walk:
@@ -150,13 +150,17 @@ def _walk(
             progress.advance(block.name, 1)
 
 
-def _check_choice(walk: Walk, what: Sequence[str], where: Selector) -> None:
-    """Before the first block is loaded: is there anything to count?"""
-    inside = tuple(f"{n}." for stack in walk.source.stacks for n in stack)
-    with unfused(walk.model) as experts:
-        every = {n: m for n, m in {**layers_of(walk.model), **experts}.items() if f"{n}.".startswith(inside)}
+def check_choice(source: InMemory, what: Sequence[str], where: Selector) -> None:
+    """Before the first block is loaded: is there anything to count?
+
+    Raises:
+        RecipeError: there is not.
+    """
+    inside = tuple(f"{n}." for stack in source.stacks for n in stack)
+    with unfused(source.model) as experts:
+        every = {n: m for n, m in {**layers_of(source.model), **experts}.items() if f"{n}.".startswith(inside)}
     chosen = set(what) != {"routing"} and any(matches(where, n, m) for n, m in every.items())
-    if not chosen and not ("routing" in what and experts_of(walk.model)):
+    if not chosen and not ("routing" in what and experts_of(source.model)):
         raise RecipeError(_nothing(where, what, list(every.items())))
 
 

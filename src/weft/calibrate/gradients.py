@@ -185,10 +185,17 @@ def _sums(
             mine = next(given, None) if given is not None else None
             if given is not None and mine is None:
                 raise RecipeError(f"There are labels for {number} batches, and there are more batches.")
-            one(batch, mine, add)
+            one(_with_decoder_inputs(model, batch), mine, add)
     if not rows:
         raise RecipeError("There are no labels in the data, so there is no gradient.")
     return {name: total / rows for name, total in totals.items()}
+
+
+def _with_decoder_inputs(model: Any, batch: Any) -> Any:
+    """A batch whose labels are the decoder's inputs too, if a decoder needs them and has none."""
+    if not encodes(model) or not isinstance(batch, Mapping) or "decoder_input_ids" in batch or "labels" not in batch:
+        return batch
+    return {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
 
 
 def _find_labels(batch: Any, given: Tensor | None) -> Tensor | None:

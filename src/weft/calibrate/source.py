@@ -102,7 +102,7 @@ class FromCheckpoint(InMemory):
         from transformers.core_model_loading import revert_weight_conversion
 
         state = super().stored(name)
-        with _quiet():
+        with quiet():
             reverted: dict[str, Tensor] = revert_weight_conversion(self.model, state)
         base = f"{self.model.base_model_prefix}."
         names = {}
@@ -147,7 +147,7 @@ class FromCheckpoint(InMemory):
         state = {k: self.checkpoint[k].torch() for k in keys}
         plan = self.model._get_dtype_plan(self.model.dtype) if hasattr(self.model, "_get_dtype_plan") else {}
         options = LoadStateDictConfig(weight_mapping=self._mapping, dtype=self.model.dtype, dtype_plan=plan)
-        with _quiet():
+        with quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, options)
         problems = [*info.error_msgs, *info.conversion_errors.values(), *map(str, info.mismatched_keys)]
         if problems:
@@ -271,7 +271,7 @@ def _on_meta(checkpoint: Checkpoint, model_class: Any) -> Any:
         part.use_cache = False
         part._experts_implementation = "eager"
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         model = model_class._from_config(config, dtype=dtype)
     return model.eval()
 
@@ -308,8 +308,8 @@ def _to_meta(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws a progress bar for each block that is loaded."""
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers, which draws one for each block that is loaded."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
