@@ -68,6 +68,8 @@ def test_later_blocks_are_given_what_changed_blocks_compute(tmp_path: Path) -> N
 
     def change(name: str, weight: torch.Tensor, statistics: Statistics) -> torch.Tensor | None:
         seen[name] = statistics.gram(name)
+        weight += 1  # a copy: nothing happens unless it is returned
+        weight -= 1
         return weight * (weight > 0) if name.endswith("down_proj") else None
 
     made = rewrite(folder, batches, change, tmp_path / "out", what="gram")

@@ -127,7 +127,7 @@ def test_layers_with_one_input_share_one_matrix() -> None:
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_routing_equals_a_recount_from_the_routers(name: str) -> None:
     model, batches = build(name)
-    found = collect(model, batches, "routing,mean")
+    found = collect(model, batches, "routing,mean", dtype="float64")
     routers = {n: m for n, m in model.named_modules() if type(m).__name__.endswith("Router")}
     assert len(routers) == len(found.experts) == 3
     for name, router in routers.items():

@@ -72,7 +72,7 @@ def collect(
         where: which layers, or for gradients which layers' parameters (:mod:`weft.function.where`).
         blocks: see :class:`weft.calibrate.Walk`; of a module in memory, walk these lists.
         memory: bytes of hidden states to keep in memory.
-        dtype: float32 or float64: what Gram matrices and gradients are kept in; their sums are float64.
+        dtype: float32 or float64: what is kept of sums, which are float64.
         seed: of the labels that ``fisher_sampled`` draws.
         output: a folder to write to as the walk goes on; without it, statistics are in memory.
         force: replace a folder of statistics; discard an unfinished run.

@@ -87,7 +87,7 @@ def plan_collection(
                     sums, kept, largest = sums + one_sum, kept + one_kept, max(largest, product)
                 if "routing" in inputs:
                     routed = experts_of(source.model.get_submodule(block))
-                    kept += sum(16 * len(m.down_proj) for m in routed.values())
+                    kept += sum((8 + width) * len(m.down_proj) for m in routed.values())
                 weights = sum(p.nbytes for p in source.model.get_submodule(block).parameters())
                 plan.inputs += len(first)
                 plan.nbytes += kept
@@ -113,11 +113,10 @@ def _sizes(module: Any, what: Sequence[str], width: int) -> tuple[int, int, int]
     else:
         channels = row = getattr(module, "in_features", module.weight.shape[0])
     size = groups * row**2
-    small_ones = {"mean": 8, "range": 8, "scales": 20}
-    rest = sum(channels * small_ones[k] for k in what if k in small_ones) + (8 * BINS if "percentiles" in what else 0)
-    if "gram" not in what:
-        return rest, rest, 0
-    return 8 * size + rest, width * size + rest, 4 * size
+    vectors = channels * sum({"mean": 1, "range": 2, "scales": 3}.get(k, 0) for k in what)
+    counts = 8 * BINS if "percentiles" in what else 0
+    size = size if "gram" in what else 0
+    return 8 * (size + vectors) + counts, width * (size + vectors) + counts, 4 * size
 
 
 def _leaders_of_small(model_class: Any, config: Any) -> list[list[dict[str, str]]]:

@@ -147,7 +147,8 @@ def _statistics_of(block: Block, kinds: list[str], layers: Mapping[str, nn.Modul
     with watched(block, kinds, layers=layers) as watch:
         block.run()
     facts = Facts()
-    return Statistics(dict(results_of(watch, layers, facts, fingerprints=False)), facts)
+    found = results_of(watch, layers, facts, fingerprints=False)
+    return Statistics({name: t.float() if t.is_floating_point() else t for name, t in found}, facts)
 
 
 @torch.no_grad()
@@ -155,7 +156,7 @@ def _change(name: str, layer: nn.Module, change: Change, statistics: Statistics)
     weight: Any = layer.weight
     layout = layout_of(layer, "weight", weight)
     matrix = layout.seen(weight).flatten(1)
-    new = change(name, matrix.float(), statistics)
+    new = change(name, matrix.detach().to(torch.float32, copy=True), statistics)
     if new is None:
         return False
     if new.shape != matrix.shape:

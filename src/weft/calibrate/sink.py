@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from weft.calibrate.facts import Facts, check_target, publish
-from weft.calibrate.gradients import GRADIENTS
 from weft.calibrate.statistics import Statistics
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.save import save_tensors
@@ -37,8 +36,7 @@ class MemorySink:
     def put(self, part: str, tensors: Iterable[tuple[str, Tensor]], facts: Facts) -> None:
         """Keep the tensors of one part of the model."""
         for name, tensor in tensors:
-            wide = tensor.is_floating_point() and name.endswith(("/gram", *(f"/{g}" for g in GRADIENTS)))
-            self.tensors[name] = tensor.to(self._dtype) if wide else tensor
+            self.tensors[name] = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def finish(self, facts: Facts, force: bool) -> Statistics:
         """Everything that was gathered."""

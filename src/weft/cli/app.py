@@ -292,7 +292,7 @@ def calibrate(
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of what is drawn: rows, texts, labels.")] = 0,
     include: Annotated[list[str] | None, typer.Option("--include", help="Glob of layers (default: all).")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of matrices and gradients: float32 or float64.")] = "float32",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of what is kept: float32 or float64.")] = "float32",
     memory: Annotated[str, typer.Option("--memory", help="For hidden states; the rest goes to files.")] = "1GB",
     dry_run: DryRun = False,
     force: Force = False,
