@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results") / "walk.json"
 BATCHES, TOKENS = 2, 64
+KINDS = ("walk", "gram", "gram written")  # nothing gathered; gathered and forgotten; gathered and kept in a folder
 
 
 class Memory(threading.Thread):
@@ -49,6 +50,7 @@ def measure(model: Path, kind: str, output: Path) -> dict[str, float]:
     batches = [{"input_ids": torch.randint(3, 32_000, (1, TOKENS), generator=generator)} for _ in range(BATCHES)]
     from weft.calibrate.check import check_architecture
     from weft.calibrate.source import open_source
+    from weft.calibrate.watch_block import watched
 
     source = open_source(model)
     check_architecture(type(source.model), source.model.config)  # done once a process; outside of the time
@@ -61,6 +63,13 @@ def measure(model: Path, kind: str, output: Path) -> dict[str, float]:
         with Walk(model, batches) as walk:
             for _ in walk:
                 pass
+    elif kind == "gram":
+        with Walk(model, batches) as walk:
+            for block in walk:
+                with watched(block, ["gram"]) as watch:
+                    block.run(keep=True)
+                for inputs in watch.inputs.values():
+                    inputs.result()
     else:
         collect(model, batches, "gram", output=output)
     seconds = time.monotonic() - began
@@ -79,6 +88,7 @@ def main() -> None:
     """Write the model, measure twice, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=3e9)
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="the others stay as they were measured")
     parser.add_argument("--measure", nargs=3, metavar=("MODEL", "KIND", "OUTPUT"))
     arguments = parser.parse_args()
     if arguments.measure:
@@ -90,8 +100,8 @@ def main() -> None:
         script = str(ROOT / "benchmarks" / "llama_shaped.py")
         size = ["--parameters", str(arguments.parameters), "--fine-tunes", "0"]
         subprocess.run([sys.executable, script, str(work), *size], check=True)
-        rows = {}
-        for kind in ("walk", "gram"):
+        rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+        for kind in arguments.only:
             command = [sys.executable, __file__, "--measure", str(work / "base"), kind, str(work / "stats")]
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             rows[kind] = json.loads(out.splitlines()[-1])
@@ -105,7 +115,7 @@ def main() -> None:
         "tokens": f"{BATCHES} × {TOKENS}",
         "cores": os.cpu_count(),
         "machine": platform.machine(),
-        "rows": rows,
+        "rows": {kind: rows[kind] for kind in KINDS if kind in rows},
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

@@ -94,7 +94,7 @@ def test_what_does_not_change_keeps_its_precision(tmp_path: Path) -> None:
 
 
 def test_shards_and_companions(tmp_path: Path) -> None:
-    _, batches, folder = saved(tmp_path, "mixtral", torch.bfloat16)
+    model, batches, folder = saved(tmp_path, "mixtral", torch.bfloat16)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.py").write_text("")
     made = rewrite(folder, batches, double, tmp_path / "out", shard_bytes=20_000, recipe={"method": "double"})
@@ -106,6 +106,9 @@ def test_shards_and_companions(tmp_path: Path) -> None:
     assert max(p.stat().st_size for p in shards) < 25_000
     with weft.open(made) as opened, weft.open(folder) as before:
         assert opened.keys() == before.keys()
+    reread = type(model).from_pretrained(made, dtype=torch.bfloat16)
+    path = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(reread.get_parameter(path), 2 * model.get_parameter(path))
     assert json.loads((made / "weft.json").read_text())["recipe"] == {"method": "double"}
     assert str(tmp_path) not in (made / "weft.json").read_text()
 

@@ -409,3 +409,13 @@ def test_a_tensor_that_changed_in_between_is_not_shared() -> None:
     found = collect(Changes(), [torch.ones(1, 2)], "mean")
     assert found.mean("a").tolist() == [1, 1]
     assert found.mean("b").tolist() == [2, 2]
+
+
+def test_matrices_that_are_not_counted_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = build("mixtral")
+    for module in ("collect", "watch", "experts"):
+        name = "experts_of" if module == "collect" else "is_experts"
+        target = sys.modules[f"weft.calibrate.{module}"]
+        monkeypatch.setattr(target, name, (lambda *a: {}) if module == "collect" else (lambda m: False))
+    with pytest.warns(UserWarning, match=r"layers\.0\.mlp\.experts\.gate_up_proj and 5 others hold several matrices"):
+        collect(model, batches, "mean")

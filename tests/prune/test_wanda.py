@@ -45,6 +45,12 @@ def test_masks_equal_a_loop_over_rows(sparsity: float, keep: int, group: int, va
     assert set(mask.sum(1).tolist()) == {20 * keep // group if group else 20 - round(20 * sparsity)}
 
 
+def test_rows_are_independent_of_how_many_there_are() -> None:
+    weight = torch.randn(1100, 8, generator=torch.Generator().manual_seed(2))  # more than are sorted at a time
+    norm = torch.rand(8, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(wanda_mask(weight, norm), torch.cat([wanda_mask(row, norm) for row in weight.split(100)]))
+
+
 def test_unit_norms_are_magnitude_by_rows() -> None:
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
     kept = weight.abs().topk(4, dim=1).indices

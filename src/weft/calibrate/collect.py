@@ -12,6 +12,7 @@ output folder a block's statistics are written before the next block is loaded, 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,12 +26,13 @@ from weft.calibrate import gradients
 from weft.calibrate.collectors import KINDS
 from weft.calibrate.experts import unfused
 from weft.calibrate.facts import Facts
+from weft.calibrate.forward import call, digest_of
 from weft.calibrate.gradients import GRADIENTS
 from weft.calibrate.per_sample import evaluating
 from weft.calibrate.sink import FolderSink, MemorySink
 from weft.calibrate.source import InMemory, find_blocks, whole_model
 from weft.calibrate.statistics import Statistics
-from weft.calibrate.walker import Walk, call, digest_of
+from weft.calibrate.walker import Walk
 from weft.calibrate.watch import Watch, check_what, experts_of, layers_of
 from weft.calibrate.watch_block import block_layers, results_of, two_axes, watched
 from weft.checkpoint.checkpoint import Checkpoint
@@ -159,6 +161,18 @@ def check_choice(source: InMemory, what: Sequence[str], where: Selector) -> None
     inside = tuple(f"{n}." for stack in source.stacks for n in stack)
     with unfused(source.model) as experts:
         every = {n: m for n, m in {**layers_of(source.model), **experts}.items() if f"{n}.".startswith(inside)}
+    known = {id(m) for m in [*every.values(), *experts_of(source.model).values()]}
+    unknown = [
+        f"{n}.{p}"
+        for n, m in source.model.named_modules() if id(m) not in known and n.startswith(inside)
+        for p, value in m.named_parameters(recurse=False) if value.dim() > 2
+    ]  # fmt: skip
+    if unknown:
+        warnings.warn(
+            f"{unknown[0]} and {len(unknown) - 1} others hold several matrices each, of experts that are not known here; "
+            "their inputs are not counted.",
+            stacklevel=2,
+        )
     chosen = set(what) != {"routing"} and any(matches(where, n, m) for n, m in every.items())
     if not chosen and not ("routing" in what and experts_of(source.model)):
         raise RecipeError(_nothing(where, what, list(every.items())))

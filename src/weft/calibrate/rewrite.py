@@ -25,9 +25,10 @@ from weft.calibrate.check import check_architecture
 from weft.calibrate.collectors import KINDS
 from weft.calibrate.experts import unfused
 from weft.calibrate.facts import Facts
+from weft.calibrate.forward import digest_of
 from weft.calibrate.source import FromCheckpoint
 from weft.calibrate.statistics import Statistics
-from weft.calibrate.walker import Block, Walk, digest_of
+from weft.calibrate.walker import Block, Walk
 from weft.calibrate.watch import check_what
 from weft.calibrate.watch_block import block_layers, results_of, watched
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
@@ -101,8 +102,9 @@ def rewrite(
                 if changed:
                     for name, tensor in block.stored().items():
                         bits = _bits(tensor, checkpoint[name])
-                        if bits is not None:
-                            writer.write(name, bits)
+                        tied = [alias for alias, first in checkpoint.aliases.items() if first == name]
+                        for one in (name, *tied) if bits is not None else ():
+                            writer.write(one, bits)
                 progress.advance(block.name, 1)
             if not chosen:
                 raise RecipeError(f"No layer was chosen by {where!r}.{nearest_names(where, seen)}")

@@ -23,24 +23,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from weft.calibrate.activations import Activations, nested_map
 from weft.calibrate.check import check_architecture
 from weft.calibrate.experts import Slice, unfused
+from weft.calibrate.forward import Batch, StandIns, call, digest_of, hidden_of, on_cpu, with_hidden, without_cache
 from weft.calibrate.source import FromCheckpoint, InMemory, open_source
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.open import open_checkpoint
 from weft.errors import OutputError, RecipeError
-
-Batch = Any  # a tensor, a tuple of positional arguments, or a mapping of named ones
 
 
 class _Stop(Exception):
@@ -134,7 +132,7 @@ class Walk:
         folder: str | os.PathLike[str] | None = None,
         check: bool = True,
     ):
-        self.batches = [_on_cpu(b) for b in batches]
+        self.batches = [on_cpu(b) for b in batches]
         if not self.batches:
             raise RecipeError(
                 "There are no calibration batches: the data is empty, or its iterator was used up before."
@@ -165,7 +163,7 @@ class Walk:
 
     def __enter__(self) -> Walk:
         self._first = self._finished_before()
-        self._caching = _without_cache(self.model)
+        self._caching = without_cache(self.model)
         self._training = [m for m in self.model.modules() if m.training]
         for module in self._training:
             module.training = False
@@ -248,10 +246,10 @@ class Walk:
         for number, (args, kwargs) in enumerate(self._calls[block.name]):
             self.batch_number = number
             hidden = self._current[number]
-            args, kwargs = _with_hidden(args, kwargs, hidden)
+            args, kwargs = with_hidden(args, kwargs, hidden)
             out = block.module(*args, **kwargs)
             if written is not None:
-                written[number] = _hidden_of(out, block.name)
+                written[number] = hidden_of(out, block.name)
         if written is not None:
             self._current.close()
             self._current = written
@@ -276,7 +274,7 @@ class Walk:
         self.source.drop(names[:1])
         self.source.drop_rest()
 
-    def _standing_in(self, index: int, number: int, shared: dict[int, Tensor]) -> _StandIns:
+    def _standing_in(self, index: int, number: int, shared: dict[int, Tensor]) -> StandIns:
         """Blocks replaced: those of lists before ``index`` return their last outputs, those of ``index`` record."""
         forwards: dict[str, Callable[..., Any]] = {}
         for before in range(index):
@@ -287,7 +285,7 @@ class Walk:
             beside: list[Any] = []
             for name in names:
                 forwards[name] = self._recording(name, name == names[0], name == names[-1], number, beside, shared)
-        return _StandIns(self.model, forwards)
+        return StandIns(self.model, forwards)
 
     def _returning(self, last: Activations, number: int, name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -309,7 +307,7 @@ class Walk:
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor):
                 raise RecipeError(f"{name} is not given hidden states first; it cannot be walked.")
-            bare = _with_hidden(args, kwargs, None)
+            bare = with_hidden(args, kwargs, None)
             self._calls[name].append(nested_map(bare, once))
             if first:
                 assert self._current is not None
@@ -379,88 +377,3 @@ class Walk:
     def _identity(self) -> str:
         """Of the model's weights, its blocks, and the batches."""
         return digest_of([self.source.weights_identity(), self._names, *self.batches])
-
-
-def digest_of(value: Any) -> str:
-    """A digest of a nest of tensors and plain values: of their bytes, shapes and types, and of the names in mappings.
-
-    >>> digest_of([torch.zeros(2, 3)]) == digest_of([torch.zeros(3, 2)])
-    False
-    """
-    digest = xxhash.xxh3_128()
-
-    def add(part: Any) -> None:
-        if isinstance(part, Tensor):
-            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(part, Mapping):
-            digest.update(f"mapping of {len(part)}".encode())
-            for key, inner in part.items():
-                digest.update(repr(key).encode())
-                add(inner)
-        elif isinstance(part, list | tuple):
-            digest.update(f"sequence of {len(part)}".encode())
-            for inner in part:
-                add(inner)
-        else:
-            digest.update(repr(part).encode())
-
-    add(value)
-    return digest.hexdigest()
-
-
-class _StandIns:
-    """For the length of a ``with``: other forward functions for some modules."""
-
-    def __init__(self, model: nn.Module, forwards: Mapping[str, Callable[..., Any]]):
-        self._modules = {name: model.get_submodule(name) for name in forwards}
-        self._forwards = forwards
-        self._before: dict[str, Any] = {}  # forward functions that others have put on single modules
-
-    def __enter__(self) -> None:
-        for name, module in self._modules.items():
-            if "forward" in module.__dict__:
-                self._before[name] = module.__dict__["forward"]
-            module.__dict__["forward"] = self._forwards[name]
-
-    def __exit__(self, *exc: object) -> None:
-        for name, module in self._modules.items():
-            module.__dict__.pop("forward", None)
-            if name in self._before:
-                module.__dict__["forward"] = self._before[name]
-
-
-def _without_cache(model: nn.Module) -> list[Any]:
-    """Configurations whose cache was on and is off now: a block would see its own keys again in its second run."""
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
-    found = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
-    for config in found:
-        config.use_cache = False
-    return found
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """A model's outputs for a batch."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
-def _with_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
-
-
-def _hidden_of(out: Any, name: str) -> Tensor:
-    hidden = out[0] if isinstance(out, tuple) else out
-    if not isinstance(hidden, Tensor):
-        raise RecipeError(f"{name} returns {type(hidden).__name__} and not hidden states; it cannot be walked.")
-    return hidden
-
-
-def _on_cpu(batch: Batch) -> Batch:
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return nested_map(batch, lambda tensor: tensor.detach().cpu())
