@@ -45,7 +45,7 @@ def check_architecture(model_class: Any, config: Any) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = model_class._from_config(small(config), dtype=torch.float32).eval()
-            batch = _batch(model)
+            batch = small_batch(model)
             with torch.no_grad():
                 expected = _tensor(model(**batch))
             problem = _compare(model, batch, expected)
@@ -103,7 +103,8 @@ def _shrink(config: Any) -> None:
             setattr(config, key, 1)
 
 
-def _batch(model: Any) -> dict[str, Tensor]:
+def small_batch(model: Any) -> dict[str, Tensor]:
+    """Random data that a small copy takes, with padding where the model knows it."""
     config = model.config
     if model.main_input_name == "pixel_values":
         return {
@@ -121,11 +122,12 @@ def _batch(model: Any) -> dict[str, Tensor]:
 
 def _compare(model: Any, batch: dict[str, Tensor], expected: Tensor) -> str:
     """What is wrong, in words; empty if nothing is."""
-    from weft.calibrate.source import FromCheckpoint, InMemory
+    from weft.calibrate.source import FromCheckpoint, InMemory, quiet
     from weft.calibrate.walker import Walk
 
     with tempfile.TemporaryDirectory(prefix="weft-") as folder:
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         with open_checkpoint(folder) as checkpoint:
             for source in (InMemory(model), FromCheckpoint(checkpoint, type(model))):
                 where = "in memory" if type(source) is InMemory else "from disk"

@@ -412,6 +412,51 @@ def adapt(
     print(json.dumps(facts, indent=1) if as_json else adapt_text(facts))
 
 
+@app.command(epilog="Example: weft calibrate model/ texts.jsonl -o stats/ --statistics gram,scales --samples 128")
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a transformers model.")],
+    data: Annotated[str, typer.Argument(help="A .jsonl or .txt file, or self: what a causal model writes itself.")],
+    output: Out,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            "--statistics",
+            "-s",
+            help="Of gram, mean, range, scales, percentiles, routing; with the whole model in memory also gradient, "
+            "fisher_exact, fisher_sampled, fisher_empirical.",
+        ),
+    ] = "gram",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Rows of data, at most.")] = 128,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens a row, at most.")] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")] = 8,
+    pack: Annotated[bool, typer.Option("--pack", help="Texts one after another, cut every --length tokens.")] = False,
+    assistant_only: Annotated[
+        bool, typer.Option("--assistant-only", help="Of conversations, labels of the assistant's tokens only.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn: rows, texts, labels.")] = 0,
+    include: Annotated[list[str] | None, typer.Option("--include", help="Glob of layers (default: all).")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of what is kept: float32 or float64.")] = "float32",
+    memory: Annotated[str, typer.Option("--memory", help="For hidden states; the rest goes to files.")] = "1GB",
+    dry_run: DryRun = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Gather statistics of a model on data, block by block, for quantising, pruning and merging."""
+    from weft.calibrate.data import DataOptions
+    from weft.cli.calibrate import calibrate_command
+    from weft.engine.progress import default_progress
+    from weft.recipe.size import parse_size
+
+    options = DataOptions(samples, length, batch_size, pack, assistant_only, seed)
+    with _progress(default_progress(quiet or dry_run)) as progress:
+        text = calibrate_command(
+            model, data, output, statistics, options, where=include or [], dtype=dtype, memory=parse_size(memory),
+            dry_run=dry_run, force=force, as_json=as_json, progress=progress,
+        )  # fmt: skip
+    print(text)
+
+
 @app.command(epilog='Example: weft papers "fine-tunes interfere"')
 def papers(
     query: Annotated[list[str] | None, typer.Argument(help="Words for your problem, or a paper's key.")] = None,
