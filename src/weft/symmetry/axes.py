@@ -245,7 +245,6 @@ class Axes:
         x.parent = y
         for leaf in self.leaves([y]):
             leaf.uniform = leaf.uniform and x.uniform
-        for hint in x.hints:
-            self.hint([y], hint)
+            leaf.hints |= x.hints
         if x.frozen:
             self.freeze([y], x.frozen)
