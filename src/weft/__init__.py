@@ -18,6 +18,7 @@ _PUBLIC = {
     "adapt": ("weft.adapt", ""),
     "adapt_": ("weft.adapt.attach", "adapt_"),
     "bake_": ("weft.function.attach", "bake_"),
+    "calibrate": ("weft.calibrate", ""),
     "functions": ("weft.function.attach", "functions"),
     "edit": ("weft.edit", ""),
     "init": ("weft.init", ""),
@@ -27,6 +28,8 @@ _PUBLIC = {
     "parametrize_": ("weft.function.attach", "parametrize_"),
     "plain_state_dict": ("weft.function.export", "plain_state_dict"),
     "save": ("weft.function.export", "save"),
+    "prune": ("weft.prune", ""),
+    "quantize": ("weft.quantize", ""),
     "run": ("weft.recipe.run", "run"),
     "symmetry": ("weft.symmetry", ""),
     "open": ("weft.checkpoint.open", "open_checkpoint"),
@@ -35,11 +38,14 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from weft import adapt as adapt
+    from weft import calibrate as calibrate
     from weft import edit as edit
     from weft import init as init
     from weft import measure as measure
     from weft import merge as merge
     from weft import normalize as normalize
+    from weft import prune as prune
+    from weft import quantize as quantize
     from weft import symmetry as symmetry
     from weft.adapt.attach import adapt_ as adapt_
     from weft.checkpoint.checkpoint import Checkpoint as Checkpoint

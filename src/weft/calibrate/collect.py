@@ -5,7 +5,7 @@ blocks are counted; of any other module in memory all layers are, in plain forwa
 in memory.
 
 Peak memory of a walk: the weights of one block, its sums (8 bytes × n² for each distinct tensor of n channels that its
-layers are given, and 4 bytes × n² for the product of one batch), and the hidden states within their budget. With an
+layers are given, and 4 KB × n for a part of a product), and the hidden states within their budget. With an
 output folder a block's statistics are written before the next block is loaded, and a run that was stopped goes on there.
 """
 

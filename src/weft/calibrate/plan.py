@@ -15,7 +15,7 @@ from weft.calibrate.collectors import KINDS
 from weft.calibrate.experts import unfused
 from weft.calibrate.gradients import GRADIENTS
 from weft.calibrate.source import FromCheckpoint, find_blocks
-from weft.calibrate.sums import BINS
+from weft.calibrate.sums import BINS, PANEL
 from weft.calibrate.watch import Watch, check_what, experts_of, layers_of
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.function.where import Selector, matches
@@ -116,7 +116,8 @@ def _sizes(module: Any, what: Sequence[str], width: int) -> tuple[int, int, int]
     vectors = channels * sum({"mean": 1, "range": 2, "scales": 3}.get(k, 0) for k in what)
     counts = 8 * BINS if "percentiles" in what else 0
     size = size if "gram" in what else 0
-    return 8 * (size + vectors) + counts, width * (size + vectors) + counts, 4 * size
+    product = 4 * min(size, groups * row * PANEL)
+    return 8 * (size + vectors) + counts, width * (size + vectors) + counts, product
 
 
 def _leaders_of_small(model_class: Any, config: Any) -> list[list[dict[str, str]]]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from weft.errors import RecipeError
 
 BINS = 1 << 16
+PANEL = 1024  # rows of a product that are made at a time, for memory
 _ROWS = 8192  # of one product: a float32 copy of more rows would cost more memory than it saves time
 
 
@@ -31,7 +32,8 @@ def gram(x: Tensor, total: Tensor | None = None) -> Tensor:
         total = x.new_zeros((*x.shape[:-2], x.shape[-1], x.shape[-1]), dtype=torch.float64)
     for rows in x.split(_ROWS, dim=-2):
         part = wide(rows)
-        total += part.mT @ part
+        for start in range(0, x.shape[-1], PANEL):
+            total[..., start : start + PANEL, :] += part[..., start : start + PANEL].mT @ part
     return total
 
 
