@@ -82,6 +82,7 @@ class RMSNorm(nn.Module):
     Args:
         features: d, the last axis.
         eps: added to the mean square.
+        bias: add a shift at the end, as layer norm does.
 
     Source: arXiv:1910.07467, equation 4.
 
@@ -89,16 +90,18 @@ class RMSNorm(nn.Module):
     torch.Size([2, 3, 4])
     """
 
-    def __init__(self, features: int, *, eps: float = 1e-5):
+    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = False):
         super().__init__()
         self.features = features
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d)."""
         check_features(x, -1, self.features, "RMSNorm")
-        return rms_norm(x, self.weight, eps=self.eps)
+        y = rms_norm(x, self.weight, eps=self.eps)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
