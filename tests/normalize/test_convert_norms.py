@@ -107,7 +107,6 @@ def test_a_hand_written_model_stays_the_same_function(
     assert report.widths == (16,)
     other = ids(3, 11)
     assert difference(before(other), model(other)) < EXACT[dtype]
-    torch.compile(model, fullgraph=True, backend="eager")(other)
     if options.get("tied"):
         assert model.head.weight is model.table.weight
         assert torch.equal(model.head.weight, before.head.weight)
@@ -178,7 +177,7 @@ def test_the_stream_has_no_mean_and_gradients_pass_as_before(convert: Convert) -
         def forward(self, x: Tensor) -> Tensor:
             x = self.embed(x).flatten(2).transpose(1, 2)
             x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
-            return self.head(self.norm(self.blocks(x))[:, 0])
+            return self.head(self.norm(self.blocks(x))[:, -1])
 
     before = randomized(OnPatches())
     model = copy.deepcopy(before)
@@ -195,6 +194,14 @@ def test_the_stream_has_no_mean_and_gradients_pass_as_before(convert: Convert) -
         assert seen[0].shape[-1] == 15
         assert model.embed.out_channels == 15
         assert model.blocks[0].qkv.in_features == model.blocks[0].down.out_features == 15
+
+
+@BOTH
+def test_converted_models_compile_whole(convert: Convert) -> None:
+    model = randomized(Model(tied=True, first_norm=True))
+    convert(model, ids())
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(ids()), model(ids()))
 
 
 def test_parameters_are_the_same_objects() -> None:
@@ -266,7 +273,7 @@ class Odd(nn.Module):
         ("input", "is an input of the model"),
         ("router", "linear in router reads it without a LayerNorm"),
         ("nonlinear", "relu writes into it"),
-        ("number", "writes into it"),
+        ("number", "add reads it without a LayerNorm"),
         ("functional", "calls layer_norm itself"),
         ("output", "an output of the model"),
         ("shared", "reads it without a LayerNorm"),
@@ -294,7 +301,7 @@ def test_other_models_are_refused() -> None:
         convert_to_rms_(nn.LayerNorm(3), torch.randn(2, 3))
     computed = Model()
     weft.parametrize_(computed.blocks[1].down, WeightStandardization())
-    with pytest.raises(RecipeError, match="weft.bake_"):
+    with pytest.raises(RecipeError, match="bake_ makes them plain"):
         convert_to_rms_(computed, ids())
 
     class Branching(nn.Sequential):
@@ -310,7 +317,7 @@ def test_an_rms_norm_that_was_trained_so_is_refused_and_put_back() -> None:
     model = nn.Sequential(nn.Linear(3, 8), RMSNorm(8), nn.Linear(8, 2)).double()
     state = copy.deepcopy(model.state_dict())
     for convert in (convert_to_rms_, convert_to_crms_):
-        with pytest.raises(RecipeError, match="has\n? ?a mean"):
+        with pytest.raises(RecipeError, match="has a mean"):
             convert(model, torch.randn(4, 3, dtype=torch.float64))
         assert isinstance(model[1], RMSNorm)
         assert model[0].out_features == model[2].in_features == 8
@@ -400,7 +407,7 @@ def test_a_hand_written_model_is_saved_and_loaded(convert: Convert, tmp_path: Pa
         fresh = Model()
     convert(fresh, ids())
     fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
-    assert torch.equal(fresh.eval()(ids()), model(ids()))
+    assert difference(fresh.eval()(ids()), model(ids())) < 1e-12
 
 
 def test_half_precision_and_training_mode() -> None:

@@ -76,7 +76,8 @@ def find_streams(graph: Graph) -> tuple[list[Stream], list[str]]:
     norms = [n for n in graph.nodes if kind(n) == "layer_norm"]
     walks: list[_Walk] = []
     seen: set[Any] = set()
-    streams, kept, refused = [], [], []
+    streams, kept = [], []
+    refused: list[_Walk] = []
     for node in norms:
         if node in seen:
             continue
@@ -88,14 +89,15 @@ def find_streams(graph: Graph) -> tuple[list[Stream], list[str]]:
         if not walk.reasons and not inner & set(walk.norms):
             streams.append(walk.stream())
         elif walk.reasons and walk.residual:
-            refused.append((where(walk.norms[0]), walk.why()))
+            refused.append(walk)
         else:
             kept += [where(n) for n in walk.norms if n not in inner]
     if refused:
-        first, reason = refused[0]
+        walk = next((w for w in refused if w.sources), refused[0])  # a stream of norms' outputs says what the model is
+        first = where(walk.norms[0])
         raise RecipeError(
             "A residual stream needs no mean if layers without a nonlinearity after them write it and only LayerNorms "
-            f"read it. Of the stream that {first or 'a LayerNorm'} reads: {reason}"
+            f"read it. Of the stream that {first or 'a LayerNorm'} reads: {walk.why()}"
         )
     if not streams:
         raise RecipeError(

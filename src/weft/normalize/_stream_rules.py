@@ -188,7 +188,7 @@ def _picked(name: str, given: dict[str, Any], node: Any, x: Any, axis: int) -> i
         if at >= 0 and ahead and shape(x)[at] == shape(node)[axis]:
             return at
         raise Foreign(said(node))
-    dim = given.get("dim", given.get("dims"))
+    dim: Any = given.get("dim", given.get("dims"))
     picked = [d % dims for d in (dim if isinstance(dim, list | tuple) else [dim])]
     at = axis + (name == "select" and axis >= picked[0])
     if at in picked or (name == "roll" and not picked):

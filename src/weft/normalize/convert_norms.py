@@ -184,6 +184,7 @@ class _Changes:
     def __init__(self, model: nn.Module):
         self.model = model
         self.undo: list[Callable[[], None]] = []
+        self.replaced: list[tuple[nn.Module, nn.Module]] = []
 
     def tensor(self, name: str) -> Tensor:
         path, _, last = name.rpartition(".")
@@ -215,7 +216,7 @@ class _Changes:
     def module(self, path: str, new: nn.Module) -> None:
         """Replace a module wherever it stands."""
         old = self.model.get_submodule(path)
-        new.train(old.training)
+        self.replaced.append((old, new))
         for parent in list(self.model.modules()):
             for name, child in list(parent._modules.items()):
                 if child is old:
@@ -244,7 +245,7 @@ def _convert(model: nn.Module, inputs: Any, apply: Callable[..., dict[str, str]]
         raise RecipeError("The model has CRMS norms: it is converted already.")
     args, kwargs = example(model, inputs)
     with _evaluated(model):
-        streams, kept = find_streams(_traced(model, args, kwargs))
+        streams, kept = _streams(model, args, kwargs)
         virtual = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
         before = None if virtual else _outputs(model(*args, **kwargs))
         changes = _Changes(model)
@@ -271,6 +272,8 @@ def _convert(model: nn.Module, inputs: Any, apply: Callable[..., dict[str, str]]
                 + ". convert_to_rms_ keeps all shapes; an output head with its own weights (module.weight = "
                 "nn.Parameter(module.weight.detach().clone()), config.tie_word_embeddings = False) can be narrowed."
             ) from error
+    for old, new in changes.replaced:
+        new.train(old.training)
     return ConvertedNorms(
         tuple(n.path for s in streams for n in s.norms),
         tuple(w.weight for s in streams for w in s.writers),
@@ -414,7 +417,7 @@ def _resize(changes: _Changes, name: str, axis: int, width: int) -> None:
             changes.attribute(owner, attribute, width - 1)
 
 
-def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+def _streams(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Stream], list[str]]:
     with _as_layer_norms(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export and of old code in models
         try:
@@ -424,7 +427,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 "The model cannot be traced: its forward pass must accept the example inputs and must not depend on the "
                 f"values of tensors. torch.export says: {type(error).__name__}: {str(error)[:400]}"
             ) from error
-        return Graph(model, program)
+        return find_streams(Graph(model, program))
 
 
 @contextmanager
