@@ -123,6 +123,9 @@ def test_models_of_transformers_stay_the_same_function(convert: Convert, name: s
     assert nn.LayerNorm not in norms(model)
     for batch in batches:
         assert difference(before(**batch).logits, model(**batch).logits) < EXACT[dtype]
+    if name == "gpt2" and dtype == torch.float64:  # with a cache
+        prompt = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(before.generate(**batches[0], **prompt), model.generate(**batches[0], **prompt))
 
 
 def transformers_model(
@@ -432,6 +435,43 @@ def test_layers_used_twice() -> None:
     for convert in (convert_to_rms_, convert_to_crms_):
         model = copy.deepcopy(before)
         assert len(convert(model, ids()).norms) == 3
+        assert difference(before(ids()), model(ids())) < 1e-10
+
+
+def test_tables_that_are_buffers_and_weights_that_a_call_leaves_out() -> None:
+    class Fixed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("sines", torch.arange(32 * 16.0).reshape(32, 16).sin(), persistent=False)
+            self.mask_token = nn.Parameter(torch.randn(16))
+
+        def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+            x = self.table(ids) + self.sines[torch.arange(ids.shape[1])]
+            x = x if mask is None else torch.where(mask[..., None], self.mask_token, x)
+            return self.head(self.norm(self.blocks[1](self.blocks[0](x))))
+
+    before = randomized(Fixed())
+    mask = ids() > 10
+    for convert in (convert_to_rms_, convert_to_crms_):
+        model = copy.deepcopy(before)
+        report = convert(model, ids())
+        assert "mask_token" in report.unused
+        assert "blocks.2.up.weight" in report.unused
+        assert "sines" in report.writers
+        assert difference(before(ids()), model(ids())) < 1e-10
+    model = copy.deepcopy(before)
+    report = convert_to_rms_(model, {"ids": ids(), "mask": mask})
+    assert "mask_token" in report.writers
+    assert difference(before(ids(), mask), model(ids(), mask)) < 1e-10
+
+
+def test_functions_of_weights_that_read_stay() -> None:
+    before = randomized(Model())
+    weft.parametrize_(before.blocks[0].up, WeightStandardization())
+    before.eval()
+    for convert in (convert_to_rms_, convert_to_crms_):
+        model = copy.deepcopy(before)
+        assert "blocks.0.norm2" in convert(model, ids()).restored
         assert difference(before(ids()), model(ids())) < 1e-10
 
 

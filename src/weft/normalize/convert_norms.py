@@ -18,90 +18,23 @@ Re-implemented from the equations (official code: MIT).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from weft.errors import RecipeError
+from weft.normalize._changes import Changes, as_layer_norms, evaluated
 from weft.normalize._stream import Norm, Stream, example, find_streams
 from weft.normalize._stream_rules import Graph, Writer
-from weft.normalize.crms_norm import CRMSNorm, crms_norm, restore_feature
+from weft.normalize.centered import CenteredEmbedding, CenteredLayerNorm, RestoringCRMSNorm
+from weft.normalize.crms_norm import CRMSNorm
 from weft.normalize.rms_norm import RMSNorm
 
 # largest difference of outputs from the model before, in parts of the largest output; half precision rounds each weight
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-SIZES = {0: ("out_features", "out_channels", "nx"), 1: ("in_features", "embedding_dim", "nf")}  # axis -> its attributes
-
-
-class CenteredEmbedding(nn.Embedding):
-    """An embedding whose rows lose their mean when they are looked up, and their last feature if ``narrow``.
-
-    For a table that something else reads as well, such as a tied output head: the table stays as it is.
-
-    >>> table = CenteredEmbedding(5, 4)
-    >>> bool(table(torch.tensor([1])).sum().abs() < 1e-6)
-    True
-    """
-
-    narrow = False
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(…) -> (…, d) or (…, d − 1)."""
-        rows = functional.embedding(input, self.weight, self.padding_idx)
-        centred = rows - rows.mean(-1, keepdim=True)
-        return centred[..., :-1] if self.narrow else centred
-
-
-class CenteredLayerNorm(nn.LayerNorm):
-    """A layer norm whose output loses its mean, and its last feature if ``narrow``.
-
-    For one that makes the residual stream, as norms on embeddings do.
-
-    >>> bool(CenteredLayerNorm(4)(torch.randn(2, 4)).sum().abs() < 1e-5)
-    True
-    """
-
-    narrow = False
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, d) -> (…, d) or (…, d − 1)."""
-        y = super().forward(input)
-        centred = y - y.mean(-1, keepdim=True)
-        return centred[..., :-1] if self.narrow else centred
-
-
-class RestoringCRMSNorm(nn.Module):
-    """CRMS norm that puts the dropped feature back and applies gain and shift, for readers of all d features.
-
-    Args:
-        features: d, one more than its input has.
-        eps: added to the mean square.
-        bias: add a shift.
-
-    >>> RestoringCRMSNorm(4)(torch.ones(2, 3)).shape
-    torch.Size([2, 4])
-    """
-
-    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True):
-        super().__init__()
-        self.features = features
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, d − 1) -> (…, d)."""
-        y = restore_feature(crms_norm(x, eps=self.eps)) * self.weight
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        """What ``print`` shows."""
-        return f"{self.features}, eps={self.eps}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +47,8 @@ class ConvertedNorms:
         restored: norms whose gain or shift stayed with them, each with the reason.
         kept: layer norms that read no residual stream and were left alone.
         widths: d of each stream.
+        unused: tensors that the example call did not use; a call that adds one to the stream (a mask token, say) would
+            bring its mean back.
     """
 
     norms: tuple[str, ...]
@@ -121,6 +56,7 @@ class ConvertedNorms:
     restored: dict[str, str] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def convert_to_rms_(model: nn.Module, inputs: Any = None) -> ConvertedNorms:
@@ -178,65 +114,6 @@ def convert_to_crms_(model: nn.Module, inputs: Any = None) -> ConvertedNorms:
     return _convert(model, inputs, _to_crms, "crms")
 
 
-class _Changes:
-    """Changes to a model that can be taken back."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.undo: list[Callable[[], None]] = []
-        self.replaced: list[tuple[nn.Module, nn.Module]] = []
-
-    def tensor(self, name: str) -> Tensor:
-        path, _, last = name.rpartition(".")
-        found: Tensor = getattr(self.model.get_submodule(path), last)
-        return found
-
-    def wide(self, name: str) -> Tensor:
-        """Values in float64; later writes do not change them."""
-        return self.tensor(name).data.double()
-
-    def write(self, name: str, value: Tensor) -> None:
-        """New values, of another shape perhaps, for the same parameter."""
-        tensor = self.tensor(name)
-        old, gradient = tensor.data, tensor.grad
-
-        def undo() -> None:
-            tensor.data = old
-            tensor.grad = gradient
-
-        self.undo.append(undo)
-        tensor.grad = None
-        tensor.data = value.to(tensor.dtype).clone(memory_format=torch.contiguous_format)  # no view of a larger storage
-
-    def attribute(self, owner: Any, name: str, value: Any) -> None:
-        old = getattr(owner, name)
-        self.undo.append(lambda: setattr(owner, name, old))
-        setattr(owner, name, value)
-
-    def module(self, path: str, new: nn.Module) -> None:
-        """Replace a module wherever it stands."""
-        old = self.model.get_submodule(path)
-        self.replaced.append((old, new))
-        for parent in list(self.model.modules()):
-            for name, child in list(parent._modules.items()):
-                if child is old:
-                    self.undo.append(lambda p=parent, n=name: p._modules.__setitem__(n, old))  # type: ignore[misc]
-                    parent._modules[name] = new
-        if isinstance(old, nn.LayerNorm):
-            for layer in self.model.modules():  # its fast path calls layer_norm with the norms' parameters
-                if isinstance(layer, nn.TransformerEncoderLayer) and new in (layer.norm1, layer.norm2):
-                    self.attribute(layer, "activation_relu_or_gelu", 0)
-
-    def parameter(self, path: str, name: str, value: Tensor) -> None:
-        owner = self.model.get_submodule(path)
-        self.undo.append(lambda: owner._parameters.__setitem__(name, None))
-        owner._parameters[name] = nn.Parameter(value)
-
-    def back(self) -> None:
-        for action in reversed(self.undo):
-            action()
-
-
 @torch.no_grad()
 def _convert(model: nn.Module, inputs: Any, apply: Callable[..., dict[str, str]], name: str) -> ConvertedNorms:
     if type(model) in (nn.LayerNorm, RMSNorm):
@@ -244,11 +121,11 @@ def _convert(model: nn.Module, inputs: Any, apply: Callable[..., dict[str, str]]
     if any(isinstance(m, CRMSNorm | RestoringCRMSNorm) for m in model.modules()):
         raise RecipeError("The model has CRMS norms: it is converted already.")
     args, kwargs = example(model, inputs)
-    with _evaluated(model):
-        streams, kept = _streams(model, args, kwargs)
+    with evaluated(model):
+        graph, streams, kept = _streams(model, args, kwargs)
         virtual = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
         before = None if virtual else _outputs(model(*args, **kwargs))
-        changes = _Changes(model)
+        changes = Changes(model)
         restored: dict[str, str] = {}
         try:
             for stream in streams:
@@ -280,10 +157,11 @@ def _convert(model: nn.Module, inputs: Any, apply: Callable[..., dict[str, str]]
         restored,
         tuple(kept),
         tuple(s.width for s in streams),
+        tuple(name for name in dict.fromkeys(graph.tensor.values()) if not graph.uses(name)),
     )
 
 
-def _to_rms(changes: _Changes, stream: Stream) -> dict[str, str]:
+def _to_rms(changes: Changes, stream: Stream) -> dict[str, str]:
     restored = {}
     for norm in stream.norms:
         old: Any = changes.model.get_submodule(norm.path)
@@ -304,7 +182,7 @@ def _to_rms(changes: _Changes, stream: Stream) -> dict[str, str]:
     return restored
 
 
-def _to_crms(changes: _Changes, stream: Stream) -> dict[str, str]:
+def _to_crms(changes: Changes, stream: Stream) -> dict[str, str]:
     restored = {}
     for norm in stream.norms:
         old: Any = changes.model.get_submodule(norm.path)
@@ -316,7 +194,7 @@ def _to_crms(changes: _Changes, stream: Stream) -> dict[str, str]:
                 weight = changes.wide(reader.weight)
                 first, last = weight.split([stream.width - 1, 1], dim=reader.axis)
                 changes.write(reader.weight, first - last)
-                _resize(changes, reader.weight, reader.axis, stream.width)
+                changes.resize(reader.weight, reader.axis, stream.width)
         else:
             restored[norm.path] = norm.reason
             new = RestoringCRMSNorm(stream.width, eps=old.eps, bias=getattr(old, "bias", None) is not None)
@@ -328,7 +206,7 @@ def _to_crms(changes: _Changes, stream: Stream) -> dict[str, str]:
     return restored
 
 
-def _take(new: Any, old: Any, changes: _Changes) -> None:
+def _take(new: Any, old: Any, changes: Changes) -> None:
     """The gain of a norm that is replaced; ones that do not train if it had none."""
     new.weight = old.weight
     if old.weight is None:
@@ -336,7 +214,7 @@ def _take(new: Any, old: Any, changes: _Changes) -> None:
         new.weight = nn.Parameter(like.new_ones(new.features), requires_grad=False)
 
 
-def _fold(changes: _Changes, norm: Norm, gain: Tensor | None, shift: Tensor | None) -> None:
+def _fold(changes: Changes, norm: Norm, gain: Tensor | None, shift: Tensor | None) -> None:
     """Gain and shift of a norm into what reads it."""
     for reader in norm.readers or ():
         weight = changes.wide(reader.weight)
@@ -354,7 +232,7 @@ def _fold(changes: _Changes, norm: Norm, gain: Tensor | None, shift: Tensor | No
             changes.write(reader.weight, weight * gain.double().view(shape))
 
 
-def _write(changes: _Changes, writer: Writer, *, narrow: bool) -> None:
+def _write(changes: Changes, writer: Writer, *, narrow: bool) -> None:
     """Take the mean off what a writer writes, and the last feature if the stream loses it."""
     if writer.kind == "norm":
         norm: Any = changes.model.get_submodule(writer.weight)
@@ -395,30 +273,21 @@ def _write(changes: _Changes, writer: Writer, *, narrow: bool) -> None:
         bias = bias - bias.mean()
         changes.write(name, bias[: width - 1] if narrow else bias)
     if narrow and writer.kind != "tensor":
-        _resize(changes, writer.weight, writer.axis, width)
+        changes.resize(writer.weight, writer.axis, width)
         owner: Any = changes.model.get_submodule(writer.weight.rpartition(".")[0])
         if writer.kind == "conv" and getattr(owner, "groups", 1) != 1:
             raise RecipeError(f"{writer.weight}: a convolution with groups cannot write one feature less.")
 
 
-def _made(changes: _Changes, writer: Writer) -> str | None:
+def _made(changes: Changes, writer: Writer) -> str | None:
     """The bias that folding gave to a layer that both reads and writes."""
     path = writer.weight.rpartition(".")[0]
     bias = getattr(changes.model.get_submodule(path), "bias", None)
     return f"{path}.bias" if writer.kind == "linear" and isinstance(bias, nn.Parameter) else None
 
 
-def _resize(changes: _Changes, name: str, axis: int, width: int) -> None:
-    """The sizes that a layer keeps beside its weight."""
-    owner = changes.model.get_submodule(name.rpartition(".")[0])
-    is_transposed = hasattr(owner, "nf")  # transformers' Conv1D: (in, out)
-    for attribute in SIZES[axis]:
-        if getattr(owner, attribute, None) == width and (attribute in ("nx", "nf")) == is_transposed:
-            changes.attribute(owner, attribute, width - 1)
-
-
-def _streams(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Stream], list[str]]:
-    with _as_layer_norms(model), warnings.catch_warnings():
+def _streams(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, list[Stream], list[str]]:
+    with as_layer_norms(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export and of old code in models
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
@@ -427,53 +296,8 @@ def _streams(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 "The model cannot be traced: its forward pass must accept the example inputs and must not depend on the "
                 f"values of tensors. torch.export says: {type(error).__name__}: {str(error)[:400]}"
             ) from error
-        return find_streams(Graph(model, program))
-
-
-@contextmanager
-def _as_layer_norms(model: nn.Module) -> Iterator[None]:
-    """For a trace: converted norms and embeddings look as those that they replaced."""
-    undo = []
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            new: Any
-            if isinstance(child, RMSNorm | CenteredLayerNorm):
-                features = child.features if isinstance(child, RMSNorm) else child.normalized_shape
-                new = nn.LayerNorm(features, child.eps, device="meta")
-                new.weight, new.bias = child.weight, child.bias
-            elif isinstance(child, CenteredEmbedding):
-                new = nn.Embedding(*child.weight.shape, padding_idx=child.padding_idx, _weight=child.weight)
-                new.weight = child.weight
-            else:
-                continue
-            undo.append((parent, name, child))
-            parent._modules[name] = new
-    try:
-        yield
-    finally:
-        for parent, name, child in undo:
-            parent._modules[name] = child
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation without caches and without torch's fused encoder layers, which a trace cannot see into."""
-    training = {module: module.training for module in model.modules()}
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    cached = [c for c in configs.values() if getattr(c, "use_cache", False)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    for config in cached:
-        config.use_cache = False
-    model.eval()
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in training.items():
-            module.training = mode
-        for config in cached:
-            config.use_cache = True
+        graph = Graph(model, program)
+        return graph, *find_streams(graph)
 
 
 def _outputs(result: Any) -> list[Tensor]:
