@@ -1,5 +1,6 @@
 """The converters change what a model computes by rounding only, and refuse models that they would change."""
 
+import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -421,6 +422,61 @@ def test_half_precision_and_training_mode() -> None:
     assert model.norm.training
     assert model.norm.weight.dtype == torch.bfloat16
     assert difference(before(ids()), model.eval()(ids())) < 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trained_model_keeps_its_loss(tied: bool) -> None:
+    """Text of the standard library, in 20 classes of bytes."""
+    text = torch.tensor(list(Path(argparse.__file__).read_bytes()[:20_000])) % 20
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = Model(tied=tied)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+
+    def loss_at(model: nn.Module, starts: Tensor) -> Tensor:
+        windows = text[starts[:, None] + torch.arange(25)]
+        return functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+
+    for _ in range(80):
+        loss = loss_at(model, torch.randint(0, 15_000, (16,), generator=generator))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    held_out = torch.arange(15_000, 19_900, 100)
+    expected = float(loss_at(model, held_out).detach())
+    assert expected < 2.8  # log 20 = 3.0
+    for convert in (convert_to_rms_, convert_to_crms_):
+        convert(model, text[None, :7])
+        assert abs(float(loss_at(model, held_out).detach()) - expected) < 1e-6
+
+
+def test_sums_in_place_and_other_axes() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(5, 8)
+            self.block = Block(8)
+            self.gate = nn.Linear(6, 1)
+            self.norm = nn.LayerNorm(8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x).permute(2, 0, 1).flip(1).permute(1, 2, 0)  # (batch, length, features)
+            x = torch.cat([x[:, :2], x[:, 3:]], dim=1).contiguous()
+            y = self.block.down(self.block.up(self.block.norm(x)).relu())
+            x += 0.5 * y
+            x -= self.block.out(self.block.qkv(self.block.norm2(x))[..., :12].tanh()) / 3
+            first, second = x.split(3, dim=1)
+            gate = torch.sigmoid(self.gate(self.norm(first)[..., :6]))
+            x = torch.where(gate > 0.5, first * gate, second).unflatten(1, (1, 3)).mean(dim=2)
+            return self.head(self.norm(x)).squeeze(1)
+
+    before = randomized(InPlace())
+    x = torch.randn(4, 7, 5, dtype=torch.float64)
+    for convert in (convert_to_rms_, convert_to_crms_):
+        model = copy.deepcopy(before)
+        convert(model, x)
+        assert difference(before(2 * x), model(2 * x)) < 1e-10
 
 
 def test_layers_used_twice() -> None:

@@ -137,11 +137,10 @@ def _convert(model: nn.Module, inputs: Any, apply: Callable[..., dict[str, str]]
             config: Any = getattr(model, "config", None)
             if hasattr(config, "to_dict"):  # goes into config.json, so that a saved model says what it is
                 config.weft_norms = name
-        except RecipeError:
+        except BaseException as error:
             changes.back()
-            raise
-        except Exception as error:
-            changes.back()
+            if isinstance(error, RecipeError) or not isinstance(error, Exception):
+                raise
             raise RecipeError(
                 f"The converted model does not run ({type(error).__name__}: {str(error)[:300]}), so all was put back. "
                 "Likely cause: code of the model that has the stream's width in it, such as nn.MultiheadAttention"

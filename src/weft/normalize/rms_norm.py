@@ -48,8 +48,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> T
     Returns:
         The shape and dtype of ``x``.
 
-    >>> rms_norm(torch.tensor([[3.0, 3.0]]), eps=0)
-    tensor([[1., 1.]])
+    >>> rms_norm(torch.full((1, 4), 3.0), eps=0)
+    tensor([[1., 1., 1., 1.]])
     """
     wide = widened(x)
     total = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()  # unlike x², makes no copy of the size of x
