@@ -21,6 +21,7 @@ class Changes:
     def __init__(self, model: nn.Module):
         self.model = model
         self.undo: list[Callable[[], None]] = []
+        self.made: set[str] = set()  # biases that there were not
         self.replaced: list[tuple[nn.Module, nn.Module]] = []
 
     def tensor(self, name: str) -> Tensor:
@@ -76,6 +77,7 @@ class Changes:
         owner = self.model.get_submodule(path)
         self.undo.append(lambda: owner._parameters.__setitem__(name, None))
         owner._parameters[name] = nn.Parameter(value)
+        self.made.add(f"{path}.{name}")
 
     def back(self) -> None:
         for action in reversed(self.undo):

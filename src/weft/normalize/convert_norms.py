@@ -186,7 +186,13 @@ def _to_crms(changes: Changes, stream: Stream) -> dict[str, str]:
     for norm in stream.norms:
         old: Any = changes.model.get_submodule(norm.path)
         new: Any
-        if norm.readers is not None:
+        reason = norm.reason
+        for reader in norm.readers or ():
+            owner, last = reader.weight.rpartition(".")[::2]
+            if reader.bias is None and getattr(old, "bias", None) is not None:
+                is_linear = isinstance(changes.model.get_submodule(owner), nn.Linear) and last == "weight"
+                reason = reason or ("" if is_linear else f"{reader.weight} has no bias to take its shift")
+        if norm.readers is not None and not reason:
             new = CRMSNorm(stream.width - 1, eps=old.eps, affine=False)
             _fold(changes, norm, old.weight, getattr(old, "bias", None))
             for reader in norm.readers:
@@ -195,7 +201,7 @@ def _to_crms(changes: Changes, stream: Stream) -> dict[str, str]:
                 changes.write(reader.weight, first - last)
                 changes.resize(reader.weight, reader.axis, stream.width)
         else:
-            restored[norm.path] = norm.reason
+            restored[norm.path] = reason
             new = RestoringCRMSNorm(stream.width, eps=old.eps, bias=getattr(old, "bias", None) is not None)
             _take(new, old, changes)
             new.bias = getattr(old, "bias", None)
@@ -265,7 +271,8 @@ def _write(changes: Changes, writer: Writer, *, narrow: bool) -> None:
         changes.write(writer.scale, ones.narrow(writer.scale_axis, 0, width - 1) if narrow else ones)
     weight = weight - weight.mean(writer.axis, keepdim=True)
     changes.write(writer.weight, weight.narrow(writer.axis, 0, width - 1) if narrow else weight)
-    name = writer.bias or _made(changes, writer)
+    made = f"{writer.weight.rpartition('.')[0]}.bias"  # folding gives one to a layer that both reads and writes
+    name = writer.bias or (made if made in changes.made else None)
     if name:
         bias = changes.wide(name)
         bias = bias if scale is None else bias * scale
@@ -276,13 +283,6 @@ def _write(changes: Changes, writer: Writer, *, narrow: bool) -> None:
         owner: Any = changes.model.get_submodule(writer.weight.rpartition(".")[0])
         if writer.kind == "conv" and getattr(owner, "groups", 1) != 1:
             raise RecipeError(f"{writer.weight}: a convolution with groups cannot write one feature less.")
-
-
-def _made(changes: Changes, writer: Writer) -> str | None:
-    """The bias that folding gave to a layer that both reads and writes."""
-    path = writer.weight.rpartition(".")[0]
-    bias = getattr(changes.model.get_submodule(path), "bias", None)
-    return f"{path}.bias" if writer.kind == "linear" and isinstance(bias, nn.Parameter) else None
 
 
 def _streams(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, list[Stream], list[str]]:
