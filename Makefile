@@ -20,8 +20,8 @@ demo: $(STAMP)   ## the main job on real models, about two minutes
 test: $(STAMP)   ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-nightly: $(STAMP) ## every function and layer through inductor: needs a C++ compiler, takes a quarter of an hour
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --show-capture=no tests/nightly/inductor.py
+nightly: $(STAMP) ## every function and layer through inductor, norms of more models: needs a C++ compiler, takes a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --show-capture=no tests/nightly/inductor.py tests/nightly/norms.py
 
 check: $(STAMP)  ## format, lint, types, house rules
 	$(BIN)/ruff format --check .

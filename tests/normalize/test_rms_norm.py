@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,3 +105,13 @@ def test_layer_norm_rms_norm_and_crms_norm_networks_are_one_function() -> None:
         torch.testing.assert_close(made, plain, rtol=1e-10, atol=1e-10)
         gradient = torch.autograd.grad(made.square().sum(), x, retain_graph=True)[0]
         torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("function", [rms_norm, crms_norm])
+def test_gradients_of_all_orders(function: Callable[..., Tensor]) -> None:
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: function(v, eps=0.1), (x,))
+    assert torch.autograd.gradgradcheck(lambda v: function(v, eps=0.1), (x,))
+    empty = torch.zeros(2, 4, requires_grad=True)  # a token of zeros, as padding makes them
+    (gradient,) = torch.autograd.grad(function(empty, eps=0.25).sum(), empty)
+    torch.testing.assert_close(gradient, torch.full((2, 4), 2.0))

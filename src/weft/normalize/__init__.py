@@ -12,12 +12,14 @@ from weft.normalize.attention_entropy import (
     logit_deviation,
 )
 from weft.normalize.batch_channel_norm import BatchChannelNorm2d, EstimatedBatchNorm2d
+from weft.normalize.centered import CenteredEmbedding, CenteredLayerNorm, RestoringCRMSNorm
 from weft.normalize.convert import (
     convert_ghost_batch_norm_,
     convert_layer_norm_cells_,
     layer_norm_gru_cell,
     layer_norm_lstm_cell,
 )
+from weft.normalize.convert_norms import ConvertedNorms, convert_to_crms_, convert_to_rms_
 from weft.normalize.crms_norm import CRMSNorm, crms_norm, drop_input, restore_feature
 from weft.normalize.fold import fold_affine, fold_into_
 from weft.normalize.ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, adapt_regime, scale_learning_rate
@@ -35,6 +37,9 @@ from weft.normalize.weight_standardization import WeightStandardization, standar
 __all__ = [
     "BatchChannelNorm2d",
     "CRMSNorm",
+    "CenteredEmbedding",
+    "CenteredLayerNorm",
+    "ConvertedNorms",
     "DistanceFit",
     "EntropyMonitor",
     "EstimatedBatchNorm2d",
@@ -45,6 +50,7 @@ __all__ = [
     "MixtureOfDepths",
     "PowerNorm",
     "RMSNorm",
+    "RestoringCRMSNorm",
     "ScaledWeightStandardization",
     "SigmaReparam",
     "UnifiedNorm",
@@ -59,6 +65,8 @@ __all__ = [
     "compand",
     "convert_ghost_batch_norm_",
     "convert_layer_norm_cells_",
+    "convert_to_crms_",
+    "convert_to_rms_",
     "crms_norm",
     "drop_input",
     "expand",

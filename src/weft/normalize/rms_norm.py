@@ -48,11 +48,12 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> T
     Returns:
         The shape and dtype of ``x``.
 
-    >>> rms_norm(torch.tensor([[3.0, 3.0]]), eps=0)
-    tensor([[1., 1.]])
+    >>> rms_norm(torch.full((1, 4), 3.0), eps=0)
+    tensor([[1., 1., 1., 1.]])
     """
     wide = widened(x)
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    total = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()  # unlike x², makes no copy of the size of x
+    y = wide * torch.rsqrt(total / x.shape[-1] + eps)
     return (y if weight is None else y * weight).to(x.dtype)
 
 
@@ -82,6 +83,7 @@ class RMSNorm(nn.Module):
     Args:
         features: d, the last axis.
         eps: added to the mean square.
+        bias: add a shift at the end, as layer norm does.
 
     Source: arXiv:1910.07467, equation 4.
 
@@ -89,16 +91,18 @@ class RMSNorm(nn.Module):
     torch.Size([2, 3, 4])
     """
 
-    def __init__(self, features: int, *, eps: float = 1e-5):
+    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = False):
         super().__init__()
         self.features = features
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d) -> (…, d)."""
         check_features(x, -1, self.features, "RMSNorm")
-        return rms_norm(x, self.weight, eps=self.eps)
+        y = rms_norm(x, self.weight, eps=self.eps)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
