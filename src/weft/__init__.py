@@ -28,6 +28,7 @@ _PUBLIC = {
     "plain_state_dict": ("weft.function.export", "plain_state_dict"),
     "save": ("weft.function.export", "save"),
     "run": ("weft.recipe.run", "run"),
+    "symmetry": ("weft.symmetry", ""),
     "open": ("weft.checkpoint.open", "open_checkpoint"),
 }
 __all__ = [*_PUBLIC, "__version__"]
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from weft import measure as measure
     from weft import merge as merge
     from weft import normalize as normalize
+    from weft import symmetry as symmetry
     from weft.adapt.attach import adapt_ as adapt_
     from weft.checkpoint.checkpoint import Checkpoint as Checkpoint
     from weft.checkpoint.open import open_checkpoint as open  # noqa: F401

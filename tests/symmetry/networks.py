@@ -116,7 +116,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         for tensor in model.parameters():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
         for name, tensor in model.named_buffers():
-            if "running" in name:
+            if "running" in name or "bias" in name:
                 tensor.add_(0.5 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
     return model
 

@@ -101,6 +101,21 @@ def test_a_live_model_changes_in_place_and_tied_weights_once() -> None:
     torch.testing.assert_close(outputs(model, tokens), before)
 
 
+def test_ties_of_a_state_dict_stay_and_ties_that_are_broken_move_both() -> None:
+    model = nn.Sequential(nn.Embedding(11, 24), Attention(), nn.Linear(24, 11, bias=False))
+    model[2].weight = model[0].weight
+    randomize(model)
+    symmetry = find_symmetry(model, torch.arange(10).view(2, 5))
+    state = model.state_dict()  # two objects over one storage
+    moved = symmetry.apply(state, random(symmetry, 4))
+    assert state["0.weight"] is not state["2.weight"]
+    assert moved["0.weight"] is moved["2.weight"]
+    model[2].weight = nn.Parameter(model[0].weight.detach().clone())
+    symmetry.apply(model, random(symmetry, 4))
+    assert torch.equal(model[0].weight, moved["0.weight"])
+    assert torch.equal(model[2].weight, moved["0.weight"])
+
+
 def test_tied_names_of_a_state_dict_stay_one_tensor() -> None:
     tied = torch.arange(6.0).view(3, 2)
     symmetry = Symmetry((Group("hidden", "hidden", 2, (Member("a", 1, 0, 1),)),), (), (), {"a": (3, 2)}, {"b": "a"})

@@ -29,7 +29,7 @@ GQA = {"hidden": [(32,)], "key_value_heads": [(2,)], "query_heads": [(2, 2)], "h
 DECODER = {**GQA, "intermediate": [(48,)]}
 EXPERTS = {**GQA, "experts": [(4,)], "intermediate": [(4, 16)]}
 MHA = {"hidden": [(32,)], "heads": [(4,)], "intermediate": [(48,)]}
-# of a model with 3 layers, or 4: shapes of the groups of one layer by kind; hidden is there once
+# shapes of the groups of one layer by kind; hidden is there once
 EXPECTED: dict[str, dict[str, list[tuple[int, ...]]]] = {
     "llama": DECODER,
     "qwen3": DECODER,
@@ -53,13 +53,26 @@ def built(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], Symmetry]:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    model, batches = architectures.build(name, torch.float64)
-    randomize(model)
+    model_class, config = architectures.MODELS[name]()
+    config.num_hidden_layers = 2
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    if name == "t5":
+        config.num_decoder_layers = 2
+    config._experts_implementation = "eager"  # the others do not compute in float64
+    torch.manual_seed(0)
+    model = randomize(model_class(config))
+    tokens = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens).index_fill(1, torch.arange(3), 0)}
+    if name == "t5":
+        batch["decoder_input_ids"] = tokens[:, :7]
+    if name == "vit":
+        batch = {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)}
     symmetry = find_symmetry(model)
     # norms of transformers compute in float32 whatever the model's type: sums in another order differ by 1e-7
-    check(model, symmetry, batches[0], tolerance=1e-5)
+    check(model, symmetry, batch, tolerance=1e-5)
     assert symmetry.unknown == ()
-    return model, batches[0], symmetry
+    return model, batch, symmetry
 
 
 def kinds(symmetry: Symmetry) -> dict[str, Counter[tuple[int, ...]]]:
@@ -72,9 +85,9 @@ def kinds(symmetry: Symmetry) -> dict[str, Counter[tuple[int, ...]]]:
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_groups_and_their_truth(name: str) -> None:
     model, _, symmetry = built(name)
-    layers = model.config.num_hidden_layers
+    assert model.config.num_hidden_layers == 2
     expected = {
-        kind: Counter({shape: shapes.count(shape) * (1 if kind == "hidden" else layers) for shape in shapes})
+        kind: Counter({shape: shapes.count(shape) * (1 if kind == "hidden" else 2) for shape in shapes})
         for kind, shapes in EXPECTED[name].items()
     }
     if name == "bert":  # its hidden states are an output
@@ -87,7 +100,7 @@ def test_t5() -> None:
     """Heads of self-attention share their positions with those of all layers; those of cross-attention do not."""
     _, _, symmetry = built("t5")
     assert kinds(symmetry) == {
-        "hidden": {(32,): 1}, "heads": {(4,): 2 + 3}, "head_dim": {(4, 8): 2 * 9}, "intermediate": {(48,): 6},
+        "hidden": {(32,): 1}, "heads": {(4,): 2 + 2}, "head_dim": {(4, 8): 2 * 6}, "intermediate": {(48,): 4},
     }  # fmt: skip
     assert {a for a, first in symmetry.aliases.items() if first == "shared.weight"} == {
         "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight",
@@ -132,6 +145,46 @@ def test_experts_permute_with_their_router() -> None:
     assert [(m.tensor.rpartition(".")[2], m.axis, m.start) for m in inside.members] == [
         ("gate_up_proj", 1, 0), ("gate_up_proj", 1, 16), ("down_proj", 2, 0),
     ]  # fmt: skip
+
+
+def test_experts_that_are_chosen_in_groups_permute_inside_of_them() -> None:
+    """DeepSeek: groups of experts are chosen first; the router's correction, a buffer, follows."""
+    import transformers
+
+    config = transformers.DeepseekV3Config(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2, vocab_size=64, n_group=4,
+        intermediate_size=48, n_routed_experts=8, num_experts_per_tok=2, topk_group=2, moe_intermediate_size=16,
+        first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    model = randomize(transformers.DeepseekV3ForCausalLM(config))
+    symmetry = find_symmetry(model)
+    check(model, symmetry, {"input_ids": torch.arange(14).view(2, 7)}, tolerance=1e-5)
+    assert symmetry.unknown == ()
+    groups, experts = symmetry.of_kind("experts")
+    assert (groups.size, symmetry.shape(experts)) == (4, (4, 2))
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in experts.tensors
+    assert (4, 2, 16) in [symmetry.shape(g) for g in symmetry.of_kind("intermediate")]
+    found = kinds(symmetry)  # latent attention: the latents, and heads with what has no position
+    assert found["heads"] == {(4,): 2}
+    assert found["head_dim"] == {(4, 6): 2, (4, 8): 2}
+
+
+def test_outputs_of_another_kind_and_dead_code_freeze_nothing() -> None:
+    """BART looks at the last hidden unit for its shape alone, and gives the encoder's states beside the logits."""
+    import transformers
+
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    model = randomize(transformers.BartForConditionalGeneration(config))
+    symmetry = find_symmetry(model)
+    ids = torch.arange(14).view(2, 7)
+    check(model, symmetry, {"input_ids": ids, "decoder_input_ids": ids[:, :5]}, tolerance=1e-5)
+    assert kinds(symmetry) == {
+        "hidden": {(32,): 1}, "heads": {(4,): 3}, "head_dim": {(4, 8): 6}, "intermediate": {(48,): 2},
+    }  # fmt: skip
 
 
 def test_a_folder_is_enough(tmp_path: Path) -> None:

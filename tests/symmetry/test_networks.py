@@ -202,7 +202,39 @@ class Branch(nn.Module):
         return self.layer(x) if x.sum() > 0 else x[:, :2]
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y[y > 0]
+
+
+class Into(nn.Module):
+    """Writes over zeros by ``out=``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros(*x.shape[:-1], 6, dtype=x.dtype)
+        torch.add(self.first(x), 1.0, out=y)
+        return self.last(y)
+
+
+def test_what_is_written_by_out_is_no_constant() -> None:
+    model = randomize(Into())
+    symmetry = find_symmetry(model, ROWS)
+    assert symmetry.groups == ()
+    assert symmetry.unknown == (("aten.add.out", 1),)
+
+
 def test_refusals() -> None:
+    with pytest.raises(RecipeError, match="shape depends on values"):
+        find_symmetry(Masked().double(), ROWS)
     with pytest.raises(RecipeError, match=r"torch\.export says: .*data-dependent"):
         find_symmetry(Branch().double(), ROWS)
     with pytest.raises(RecipeError, match="no parameters"):

@@ -46,24 +46,33 @@ def apply(symmetry: Symmetry, state: Any, permutations: Permutations) -> Any:
     moves = _moves(symmetry, checked(symmetry, permutations))
     if not isinstance(state, Mapping):
         return _apply_to_module(symmetry, state, moves)
-    moved: dict[int, Any] = {}  # a storage under several names is moved once and stays one
-    result = dict(state)
-    for name in _names_in(symmetry, state, moves):
-        if id(state[name]) not in moved:
-            moved[id(state[name])] = _move(_array(state[name]), moves[symmetry.aliases.get(name, name)])
-        result[name] = moved[id(state[name])]
+    given = dict(state)
+    result = dict(given)
+    moved: dict[Any, Any] = {}  # a storage under several names is moved once and stays one
+    for name in _names_in(symmetry, given, moves):
+        first = symmetry.aliases.get(name, name)
+        key = (first, _storage(given[name]))
+        if key not in moved:
+            moved[key] = _move(_array(given[name]), moves[first])
+        result[name] = moved[key]
     return result
+
+
+def _storage(tensor: Any) -> Any:
+    """What tensors of one storage have in common."""
+    if hasattr(tensor, "data_ptr") and tensor.device.type != "meta":
+        return tensor.data_ptr(), tuple(tensor.stride())
+    return id(tensor)
 
 
 def _apply_to_module(symmetry: Symmetry, module: Any, moves: Mapping[str, list[Cut]]) -> Any:
     import torch
 
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    names = list(_names_in(symmetry, tensors, moves))
+    once = {id(tensors[name]): name for name in _names_in(symmetry, tensors, moves)}
     with torch.no_grad():
-        for name in names:
-            if name in moves:
-                tensors[name].copy_(_move(tensors[name], moves[name]))
+        for name in once.values():
+            tensors[name].copy_(_move(tensors[name], moves[symmetry.aliases.get(name, name)]))
     return module
 
 

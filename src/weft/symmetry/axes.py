@@ -17,37 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
-from math import prod
 
-from weft.errors import WeftError
-
-
-class Misaligned(WeftError):
-    """Factors cannot be cut as asked."""
-
-
-class Factor:
-    """A permutable unit: ``size`` places; with ``parts``, a product or a concatenation (``is_sum``) of other factors."""
-
-    __slots__ = ("frozen", "hints", "is_sum", "number", "parent", "parts", "size", "uniform")
-
-    def __init__(self, size: int, number: int, frozen: str = ""):
-        self.size = size
-        self.number = number
-        self.frozen = frozen
-        self.parent: Factor | None = None
-        self.parts: list[Factor] = []
-        self.is_sum = False
-        self.uniform = False  # made by copying or filling: so far its places are all equal
-        self.hints: set[str] = set()
-
-
-Axis = list[Factor]  # a product, the slowest factor first; empty: size 1
-
-
-def size_of(axis: Iterable[Factor]) -> int:
-    """Number of places."""
-    return prod(f.size for f in axis)
+from weft.symmetry.factors import Axis, Factor, Misaligned, size_of
 
 
 class Axes:
@@ -103,9 +74,7 @@ class Axes:
         if root.is_sum:
             return [t for part in root.parts for t in self.terms(part)]
         inner = self.expand([root])
-        if len(inner) == 1 and inner[0].is_sum and inner[0] is not root:
-            return self.terms(inner[0])
-        return [root]
+        return self.terms(inner[0]) if len(inner) == 1 and inner[0].is_sum else [root]
 
     def leaves(self, axis: Iterable[Factor]) -> list[Factor]:
         """All factors that have no parts, in order, with repetitions."""
@@ -133,7 +102,13 @@ class Axes:
         factor.parts = factors
         return factor
 
-    # cutting a product
+    def _parts(self, factor: Factor, sizes: Sequence[int]) -> list[Factor]:
+        """New factors that are what a factor is."""
+        parts = [self.fresh(n, factor.frozen) for n in sizes]
+        for part in parts:
+            part.hints |= factor.hints
+            part.uniform = factor.uniform
+        return parts
 
     def _cut(self, factor: Factor, outer: int) -> tuple[Axis, Axis]:
         """A leaf or concatenation as (outer, size / outer)."""
@@ -141,10 +116,7 @@ class Axes:
             raise Misaligned(f"a factor of {factor.size} has no part of {outer}")
         inner = factor.size // outer
         if not factor.is_sum:
-            factor.parts = [self.fresh(outer, factor.frozen), self.fresh(inner, factor.frozen)]
-            for part in factor.parts:
-                part.hints |= factor.hints
-                part.uniform = factor.uniform
+            factor.parts = self._parts(factor, (outer, inner))
             return self.expand(factor.parts[:1]), self.expand(factor.parts[1:])
         outers, inners = [], []
         for term in self.terms(factor):
@@ -187,11 +159,7 @@ class Axes:
             raise Misaligned("more places than asked for")
         return found
 
-    # cutting a concatenation
-
-    def slices(
-        self, axis: Iterable[Factor], sizes: Sequence[int], reason: str = "a slice across factors"
-    ) -> list[Axis]:
+    def slices(self, axis: Axis, sizes: Sequence[int], reason: str = "a slice across factors") -> list[Axis]:
         """Consecutive pieces; factors that a piece ends inside of are frozen."""
         factors = self.expand(axis)
         if len(sizes) == 1 or not factors:
@@ -209,10 +177,7 @@ class Axes:
 
     def _slices(self, factor: Factor, sizes: Sequence[int], reason: str) -> list[Axis]:
         if not factor.is_sum:
-            pieces = [self.fresh(n, factor.frozen) for n in sizes]
-            for piece in pieces:
-                piece.hints |= factor.hints
-                piece.uniform = factor.uniform
+            pieces = self._parts(factor, sizes)
             factor.parts, factor.is_sum = [p for p in pieces if p.size], True
             return [[p] if p.size != 1 else [] for p in pieces]
         terms = self.terms(factor)
@@ -226,12 +191,11 @@ class Axes:
             start += term.size
         factor.parts = cuts
         found: list[Axis] = []
-        position = 0
+        rest = iter(cuts)
         for n in sizes:
             run: list[Factor] = []
             while sum(p.size for p in run) < n:
-                run.append(cuts[position])
-                position += 1
+                run.append(next(rest))
             found.append([self.concatenate([[p] for p in run])] if n else [self.fresh(0)])
         return found
 
@@ -243,8 +207,6 @@ class Axes:
         factor = self.fresh(sum(p.size for p in parts))
         factor.parts, factor.is_sum = parts, True
         return factor
-
-    # one and the same
 
     def unify(self, a: Iterable[Factor], b: Iterable[Factor], reason: str) -> None:
         """Two axes of one size permute together from now on; where their factors do not match, both freeze."""
@@ -283,7 +245,6 @@ class Axes:
         x.parent = y
         for leaf in self.leaves([y]):
             leaf.uniform = leaf.uniform and x.uniform
-        for hint in x.hints:
-            self.hint([y], hint)
+            leaf.hints |= x.hints
         if x.frozen:
             self.freeze([y], x.frozen)

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
-from weft.symmetry.axes import Axes, Axis, Factor, size_of
+from weft.symmetry.axes import Axes
+from weft.symmetry.factors import Axis, Factor, size_of
 from weft.symmetry.groups import Frozen, Group, Loop, Member, Symmetry
 from weft.symmetry.roles import by_place
 from weft.symmetry.trace import Traced
@@ -181,7 +182,7 @@ def _names(groups: dict[Factor, tuple[str, list[str]]]) -> dict[Factor, str]:
         return ".".join(at[0] for at in same)
 
     def named(path: str, kind: str) -> str:
-        return f"{path}.{kind}" if path else kind
+        return path if path.rpartition(".")[2] == kind else f"{path}.{kind}" if path else kind
 
     first = {leaf: named(shared(tensors), kind) for leaf, (kind, tensors) in groups.items()}
     count = Counter(first.values())

@@ -66,7 +66,7 @@ def random(symmetry: Symmetry, generator: Generator, groups: tuple[str, ...] | N
         else:
             import torch
 
-            keys = torch.rand(shape, generator=generator, dtype=torch.float64).numpy()
+            keys = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).cpu().numpy()
         done[name] = np.argsort(keys, axis=-1)
     return done
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from weft.symmetry.axes import Axes, Axis, Factor
+from weft.symmetry.axes import Axes
+from weft.symmetry.factors import Axis, Factor
 
 Doubles = dict[Factor, dict[Factor, dict[int, Factor]]]  # p -> factor -> place -> double
 UNUSED = "not used in the traced call"

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from weft.symmetry.axes import Axes, Axis, size_of
+from weft.symmetry.axes import Axes
+from weft.symmetry.factors import Axis, size_of
 from weft.symmetry.roles import Roles
 
 

@@ -6,7 +6,7 @@ and what looks up in an axis that is permuted alike finds the same. Any other us
 
 from __future__ import annotations
 
-from weft.symmetry.axes import Axis, size_of
+from weft.symmetry.factors import Axis, size_of
 from weft.symmetry.rules import Call, Value, rule
 
 POINTING = ("embedding", "gather", "take_along_dim", "scatter", "scatter_", "scatter_add", "scatter_add_", "index", "one_hot",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weft.symmetry.axes import Axis, Misaligned, size_of
+from weft.symmetry.factors import Axis, Misaligned, size_of
 from weft.symmetry.rules import Call, Value, rule
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from weft.symmetry.axes import Axis, Misaligned, size_of
+from weft.symmetry.factors import Axis, Misaligned, size_of
 from weft.symmetry.rules import Call, Value, rule
 
 

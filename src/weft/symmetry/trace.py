@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +12,16 @@ from torch import Tensor, nn
 
 from weft.errors import RecipeError
 from weft.symmetry import rules_index, rules_layers, rules_shape  # noqa: F401 (enter their rules)
-from weft.symmetry.axes import Axes, Axis, Misaligned
-from weft.symmetry.experts import opaque_experts
+from weft.symmetry.axes import Axes
+from weft.symmetry.export import export, tensor_names
+from weft.symmetry.factors import Axis, Misaligned
 from weft.symmetry.roles import Doubles, Roles
 from weft.symmetry.rules import KEEPS_INDEXES, RULES, Call, Value, is_pointwise, is_value, pointwise
 from weft.symmetry.rules_index import POINTING
 
+# arguments that a norm keeps its running statistics in, and buffers that routers of experts keep theirs in
 STATISTICS = {"running_mean", "running_var"}
+LEARNED_BUFFERS = {"e_score_correction_bias", "expert_bias"}
 # what a rule raises where it meets arguments that it was not made for; all axes are frozen then
 NO_RULE = (Misaligned, IndexError, KeyError, TypeError, ValueError, AttributeError, StopIteration)
 
@@ -42,67 +44,12 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     Raises:
         RecipeError: the model cannot be exported, with torch's reason, or has no parameters.
     """
-    names, aliases = _names(model)
+    names, aliases = tensor_names(model)
     if not names:
         raise RecipeError(
             "The model has no parameters, so there is nothing to permute. Give the model that holds them."
         )
-    with _quiet(model), opaque_experts(model), torch.no_grad():
-        try:
-            program = torch.export.export(model, args, dict(kwargs), strict=False)
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise RecipeError(
-                "The model cannot be traced: its forward pass must not depend on the values of tensors, and must accept "
-                f"the example inputs. torch.export says: {type(error).__name__}: {' '.join(reason[:3])[:600]} "
-                "Likely cause: an `if` or a loop over tensor values, or inputs of another form. Trace the part of the "
-                "model without it, or give other inputs."
-            ) from error
-    return _Interpreter(program, names, aliases).run()
-
-
-def _names(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """First names of all tensors that a state dict has, with shapes, and further names of the same tensors."""
-    first: dict[int, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    aliases: dict[str, str] = {}
-    stored = set(model.state_dict(keep_vars=True))
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
-        if name not in stored:
-            continue
-        if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-            shapes[name] = tuple(tensor.shape)
-    if not any(True for _ in model.parameters()):
-        shapes = {}
-    return shapes, aliases
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation, without caches, with an attention that a trace can see; all is put back."""
-    training = {module: module.training for module in model.modules()}
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = []
-    for config in configs.values():
-        for name, refused, value in (("use_cache", (True,), False), ("_attn_implementation", _FLASH, "sdpa")):
-            if getattr(config, name, None) in refused:
-                before.append((config, name, getattr(config, name)))
-                setattr(config, name, value)
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for config, name, old in before:
-            setattr(config, name, old)
-
-
-_FLASH = ("flash_attention_2", "flash_attention_3", "flex_attention")
+    return _Interpreter(export(model, args, kwargs), names, aliases).run()
 
 
 class _Interpreter:
@@ -118,6 +65,7 @@ class _Interpreter:
         owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         values = []
         used = set()
+        live = _live(self.program.graph)
         for node in self.program.graph.nodes:
             if node.op != "placeholder":
                 continue
@@ -130,10 +78,12 @@ class _Interpreter:
             if first not in self.done.tensors:  # not in a state dict
                 values.append(self._input(node, f"constant {name}"))
                 continue
-            if node.users:
+            users = [u for u in node.users if u in live]
+            if users:
                 used.add(first)
             axes = self.done.tensors[first]
-            if node.name in signature.inputs_to_buffers and not all(_is_statistic(node, u) for u in node.users):
+            learned = first.rpartition(".")[2] in LEARNED_BUFFERS or all(_is_statistic(node, u) for u in users)
+            if node.name in signature.inputs_to_buffers and not learned:
                 for axis in axes:
                     self.done.space.freeze(axis, f"constant {first}")
             values.append(Value(axes, constant=True))
@@ -158,7 +108,10 @@ class _Interpreter:
         """Interpret one graph: what its output node holds."""
         known: dict[Any, Any] = {}
         rest = iter(inputs)
+        live = _live(module.graph)
         for node in module.graph.nodes:
+            if node not in live and node.op != "placeholder":
+                continue
             if node.op == "placeholder":
                 known[node] = next(rest)
             elif node.op == "get_attr":
@@ -189,6 +142,13 @@ class _Interpreter:
             arguments = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
             arguments.update(zip([a.name for a in schema.arguments], args))
             arguments.update(kwargs)
+        for tensor in tensors:
+            if not all(isinstance(n, int) for n in tensor.shape):
+                raise RecipeError(
+                    f"The model makes a tensor whose shape depends on values ({node.target}{_where(node)}), so its axes "
+                    "cannot be traced. Trace the part of the model without it, or choose an implementation without "
+                    "masks of booleans."
+                )
         packet = getattr(node.target, "overloadpacket", node.target)
         name = getattr(packet, "__name__", str(packet))
         call = Call(self.done.space, self.roles, name, arguments, [tuple(t.shape) for t in tensors], why=_where(node))
@@ -206,6 +166,8 @@ class _Interpreter:
             if value.indexes is not None and call.name not in KEEPS_INDEXES and call.name not in POINTING:
                 call.freeze(value.indexes, f"positions in it are used by {call.name}{call.why}")
         rule = RULES.get(call.name) or (pointwise if is_pointwise(target) else None)
+        if call["out"] is not None:  # written over, as in place but under a name that does not say so
+            rule = None
         try:
             if rule is None:
                 raise Misaligned("no rule")
@@ -237,6 +199,17 @@ def _chosen(program: Any, outputs: list[Value]) -> list[Value]:
     if "logits" not in keys or any(child.num_leaves != 1 for child in spec.children()) or len(keys) != len(outputs):
         return outputs
     return [outputs[keys.index("logits")]]
+
+
+def _live(graph: Any) -> set[Any]:
+    """Nodes that outputs depend on, or that write into tensors; the rest is computed for its shape alone."""
+    live: set[Any] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        writes = schema is not None and schema.is_mutable
+        if node.op == "output" or writes or any(user in live for user in node.users):
+            live.add(node)
+    return live
 
 
 def _is_statistic(node: Any, user: Any) -> bool:
