@@ -290,6 +290,14 @@ def test_equal_units_stay_where_they_are() -> None:
     assert found.permutations["0.intermediate"].tolist() == list(range(8))
 
 
+def test_a_model_without_units_stays() -> None:
+    model = nn.Linear(3, 2)
+    found = match_weights(model, nn.Linear(3, 2), find_symmetry(model, torch.zeros(1, 3)))
+    assert (found.permutations, found.objective, found.converged) == ({}, 0.0, True)
+    aligned = align(nn.Linear(3, 2), model, inputs=torch.zeros(1, 3))
+    assert set(aligned) == {"weight", "bias"}
+
+
 def test_only_named_groups_move() -> None:
     model, _, symmetry = model_of("grouped heads")
     inside = tuple(g.name for g in symmetry.groups if "layers.0" in g.name and g.kind == "head_dim")
@@ -321,6 +329,8 @@ def test_numpy_states_and_tied_tensors() -> None:
     assert symmetry.aliases
     planted = symmetry.random(np.random.default_rng(0))
     arrays = {n: t.numpy() for n, t in symmetry.apply(model.state_dict(), planted).items()}
+    for array in arrays.values():
+        array.flags.writeable = False  # as of a file that is mapped
     found = match_weights(model, arrays, symmetry)
     assert same(symmetry, found, planted)
     aligned = align(arrays, model, symmetry)

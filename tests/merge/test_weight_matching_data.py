@@ -201,6 +201,23 @@ def test_straight_through_keeps_what_a_score_prefers() -> None:
     assert found.best_step == 2
 
 
+def test_straight_through_leaves_batch_norm_as_it_was() -> None:
+    a, b = convolutions(0).eval(), convolutions(1)
+    x, y = torch.randn(20, 1, 8, 8), torch.randint(2, (20,))
+    before = {n: t.clone() for n, t in a.state_dict().items()}
+    symmetry = find_symmetry(a, x)
+    found = match_straight_through(a, b, symmetry, [(x, y)] * 2, functional.cross_entropy)
+    assert all(torch.equal(t, before[n]) for n, t in a.state_dict().items())
+    assert not any(m.training for m in a.modules())
+    # the loss is that of the average with statistics of its own batch
+    moved = symmetry.apply(b.state_dict(), match_weights(a, b, symmetry).permutations)
+    merged = convolutions(2).eval()
+    merged.load_state_dict({n: (t + moved[n]) / 2 if t.is_floating_point() else t for n, t in before.items()})
+    merged[1].train()
+    merged[5].train()
+    assert found.losses[0] == pytest.approx(functional.cross_entropy(merged(x), y).item(), rel=1e-5)
+
+
 def test_straight_through_refuses_no_data_and_nan() -> None:
     a, x = mlp(0), torch.randn(9, 6)
     symmetry = find_symmetry(a, x)

@@ -66,7 +66,7 @@ def state_of(model: Any, symmetry: Symmetry, what: str) -> dict[str, Tensor]:
                 "names of another form, or a part of a model. Give the whole model's state dict."
             )
         value = by_name[name]
-        tensor = value.torch() if hasattr(value, "read_into") else torch.as_tensor(value)
+        tensor = as_tensor(value)
         if tuple(tensor.shape) != tuple(symmetry.shapes[name]):
             raise ShapeError(
                 f"{what}: {name} has shape {tuple(tensor.shape)}; in the traced model it has "
@@ -74,8 +74,18 @@ def state_of(model: Any, symmetry: Symmetry, what: str) -> dict[str, Tensor]:
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"{what}: {name} holds NaN or infinity, so no unit can be matched. Repair it first.")
-        found[name] = tensor.detach()
+        found[name] = tensor
     return found
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor of torch, numpy or a checkpoint, without its gradient."""
+    if hasattr(value, "read_into"):
+        found: Tensor = value.torch()
+        return found
+    if isinstance(value, np.ndarray) and not value.flags.writeable:  # torch warns of these
+        value = value.copy()
+    return torch.as_tensor(value).detach()
 
 
 def blocks_of(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[Block]:

@@ -53,7 +53,7 @@ class Descent:
     converged: bool = False
 
     def __post_init__(self) -> None:
-        self.history.append(sum(float(block.inner()) for block in self.blocks))
+        self.history.append(float(sum(float(block.inner()) for block in self.blocks)))
         self._least = _GAIN * sum(float(block.a.double().norm() * block.b.double().norm()) for block in self.blocks)
 
     def run(self, max_sweeps: int, generator: np.random.Generator | None = None) -> Descent:

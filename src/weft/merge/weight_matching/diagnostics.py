@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import NonFiniteError, RecipeError, ShapeError
+from weft.merge.weight_matching.blocks import as_tensor
 
 POINTS = 25  # on the line, as in the reference code
 GAMMAS = (0.0, 0.3)  # shares of the largest singular value from which a direction counts, as in the paper
@@ -205,4 +206,4 @@ def _pair(a: Any, b: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _state(model: Any) -> dict[str, Tensor]:
     values: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
-    return {n: (v.torch() if hasattr(v, "read_into") else torch.as_tensor(v)).detach() for n, v in values.items()}
+    return {n: as_tensor(v) for n, v in values.items()}

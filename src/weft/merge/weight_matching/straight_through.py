@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weft.errors import RecipeError
 from weft.merge.weight_matching.activations import call, evaluation
+from weft.merge.weight_matching.blocks import as_tensor
 from weft.merge.weight_matching.weights import Permutations, match_weights
 from weft.symmetry import Symmetry
 
@@ -93,8 +94,7 @@ def match_straight_through(
         ).permutations
         moved = symmetry.apply(other, permutations)
         merged = {
-            n: 0.5 * a + 0.5 * (torch.as_tensor(moved[n]).to(a) + free[n] - free[n].detach())
-            for n, a in parameters.items()
+            n: 0.5 * a + 0.5 * (as_tensor(moved[n]).to(a) + free[n] - free[n].detach()) for n, a in parameters.items()
         }
         with evaluation(reference):
             for module in batch_norms(reference):  # statistics of the average are those of its batch
