@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weft.engine.progress import Progress
 from weft.errors import RecipeError, did_you_mean
 
 _KEYS = ("adapt", "modules_to_save", "token_rows", "ignore")
@@ -78,7 +79,16 @@ def read_plan(file: str) -> AdaptPlan:
 
 
 def adapt_command(
-    model: str, plan: AdaptPlan, output: str | None, *, data: str, name: str, batch: int, length: int, force: bool
+    model: str,
+    plan: AdaptPlan,
+    output: str | None,
+    *,
+    data: str,
+    name: str,
+    batch: int,
+    length: int,
+    force: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Attach, count and forecast; with an output, from the real weights, and save.
 
@@ -101,15 +111,14 @@ def adapt_command(
         net = source.model
         batches = None
         if output is not None or data:
-            source.load([n for names in source.stacks for n in names])
-            source.load_rest()
+            _load(source, progress)
         if data:
             folder = checkpoint.folder or Path(model)
             options = DataOptions(length=length, batch_size=batch)
             batches = own_batches(net, options=options) if data == "self" else read_batches(data, folder, options)
         report = adapt_(
             net, configurations, where="*", name=name, ignore=plan.ignore, modules_to_save=plan.modules_to_save,
-            token_rows=plan.token_rows, data=batches,
+            token_rows=plan.token_rows, data=None if batches is None else _counted(batches, progress),
         )  # fmt: skip
         facts: dict[str, Any] = {
             "line": str(report),
@@ -226,6 +235,22 @@ def adapt_text(facts: Mapping[str, Any]) -> str:
             f"{facts['output']}: {facts['tensors']} tensors, {facts['bytes']:,} bytes, in the form {facts['form']}{why}"
         )
     return "\n".join(lines)
+
+
+def _load(source: Any, progress: Progress) -> None:
+    names = [n for stack in source.stacks for n in stack]
+    progress.start("loading", len(names), len(names), "blocks")
+    for name in names:
+        source.load([name])
+        progress.advance(name, 1)
+    source.load_rest()
+
+
+def _counted(batches: list[Any], progress: Progress) -> Iterator[Any]:
+    progress.start("looking at the data", len(batches), len(batches), "batches")
+    for number, batch in enumerate(batches, 1):
+        yield batch
+        progress.advance(f"batch {number}", 1)
 
 
 def _inputs(model: Any, batch: int, length: int) -> dict[str, Any]:

@@ -385,6 +385,7 @@ def adapt(
     length: Annotated[int, typer.Option("--length", min=1, help="Tokens a row, likewise.")] = 512,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     plugin: Plugin = None,
 ) -> None:
     """Attach an adapter to a model: what trains, what memory that takes, and a folder to train from.
@@ -392,6 +393,7 @@ def adapt(
     The method's own parameters are options too: --rank 16 (see `weft methods lora`).
     """
     from weft.cli.adapt import AdaptPlan, adapt_command, adapt_text, read_plan
+    from weft.engine.progress import default_progress
 
     _load_plugins(plugin)
     values, names = _method_options(model, method)
@@ -406,9 +408,11 @@ def adapt(
             [(w, method, values) for w in where or ["all-linear"]], modules_to_save or [], [], ignore or []
         )
         plan.token_rows = [int(float(t)) for t in _numbers(token_rows)] if token_rows else []
-    facts = adapt_command(
-        names[0], plan, output or None, data=data, name=name, batch=batch_size, length=length, force=force
-    )
+    with _progress(default_progress(quiet)) as progress:
+        facts = adapt_command(
+            names[0], plan, output or None, data=data, name=name, batch=batch_size, length=length, force=force,
+            progress=progress,
+        )  # fmt: skip
     print(json.dumps(facts, indent=1) if as_json else adapt_text(facts))
 
 
