@@ -5,6 +5,7 @@ Each of the three is changed by its own verb and by nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def switch_(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) 
         names: one, several, none (``()`` is the model without adapters), or their strengths by name.
 
     Raises:
-        RecipeError: no adapter has such a name, or some are merged.
+        RecipeError: no adapter has such a name, a strength is no finite number, or some are merged.
 
     >>> import weft
     >>> layer = nn.Linear(4, 4)
@@ -90,6 +91,10 @@ def switch_(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) 
     """
     chosen = names if isinstance(names, Mapping) else dict.fromkeys([names] if isinstance(names, str) else names, None)
     _known(model, chosen)
+    for name, value in chosen.items():
+        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(names, Mapping) and not real:
+            raise RecipeError(f"The strength of {name!r} must be a finite number, got {value!r}; 1 is as trained.")
     _refuse_merged(model)
     for function in _adapters(model):
         function.enabled = function.adapter in chosen
