@@ -126,7 +126,7 @@ def test_token_rows_need_one_input_embedding(model: Classifier) -> None:
         weft.adapt_(model, LoRA(rank=1), where="body", token_rows=[1])
     del model.second
     for wrong in (5, "5", [1.5], [True]):
-        with pytest.raises(RecipeError, match="token_rows|whole number|finite number"):
+        with pytest.raises(RecipeError, match=r"token_rows|whole number|finite number"):
             weft.adapt_(model, LoRA(rank=1), where="body", token_rows=wrong)
     weft.adapt_(model, LoRA(rank=1), where="body", token_rows=torch.tensor([3, 1]), name="a")
     assert weft.functions(model)["embedding.weight"][0].config.rows == (3, 1)
@@ -140,6 +140,26 @@ def test_an_adapter_attached_to_merged_weights_is_refused(model: Classifier) -> 
     merge_(model)
     with pytest.raises(RecipeError, match="unmerge_"):
         weft.adapt_(model, LoRA(rank=1), where="body", name="b")
+
+
+def test_removing_walks_over_the_model_a_constant_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = {}
+    for count in (4, 32):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
+        weft.adapt_(model, LoRA(rank=1))
+        walked = [0]
+        with monkeypatch.context() as patch:
+            whole = model.named_modules
+
+            def counted(*a: Any, walked: list[int] = walked, whole: Any = whole, **k: Any) -> Any:
+                walked[0] += 1
+                return whole(*a, **k)
+
+            patch.setattr(model, "named_modules", counted)
+            weft.adapt.remove_(model, "default")
+        walks[count] = walked[0]
+        assert not weft.functions(model)
+    assert walks[4] == walks[32]
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), "a", None, True])

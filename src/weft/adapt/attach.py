@@ -155,12 +155,7 @@ def _add(report: Adapted, more: Attached) -> None:
 def _take_back(model: nn.Module, before: Mapping[str, int]) -> None:
     from weft.adapt.switch import take_out
 
-    done: set[int] = set()
-    for full, fs in functions(model).items():
-        for function in fs[before.get(full, 0) :]:
-            if id(function) not in done:
-                done.add(id(function))
-                take_out(model, function)
+    take_out(model, [f for full, fs in functions(model).items() for f in fs[before.get(full, 0) :]])
 
 
 def _parts(model: nn.Module, selector: Selector) -> dict[str, list[str]]:

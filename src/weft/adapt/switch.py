@@ -6,7 +6,7 @@ Each of the three is changed by its own verb and by nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -177,25 +177,26 @@ def remove_(model: nn.Module, name: str) -> list[str]:
     _known(model, [name])
     _refuse_merged(model)
     touched = list(adapters(model)[name].weights)
-    for function in [f for f in _adapters(model) if f.adapter == name]:
-        take_out(unwrapped(model), function)
+    take_out(unwrapped(model), [f for f in _adapters(model) if f.adapter == name])
     return touched
 
 
-def take_out(model: nn.Module, function: WeightFunction) -> None:
-    """Take one function off the weight that it is on, under all its names."""
-    stacks = _stacks(model)
-    stack = next(s for s in stacks.values() if function in list(s))
-    stack.discard(function)
-    if not len(stack):
+def take_out(model: nn.Module, unwanted: Iterable[WeightFunction]) -> None:
+    """Take functions off the weights that they are on, under all their names."""
+    going, stacks = {id(f) for f in unwanted}, _stacks(model)
+    for stack in {id(s): s for s in stacks.values()}.values():
+        for function in [f for f in stack if id(f) in going]:
+            stack.discard(function)
+    for full, stack in stacks.items():
+        if len(stack):
+            continue
         stored = stack.original
         if isinstance(stored, nn.Parameter):
             stored.requires_grad_(stack.trained)
-        for full in [n for n, s in stacks.items() if s is stack]:
-            owner, _, name = full.rpartition(".")
-            module = model.get_submodule(owner)
-            if isinstance(module, Carrier) and name in module.weft_names:
-                take_off(module, name, stored)
+        owner, _, name = full.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, Carrier) and name in module.weft_names:
+            take_off(module, name, stored)
     stop_updating(model)
 
 
