@@ -1,5 +1,7 @@
 """adapt_: names, heads, token rows, refusals; what all adapters share is in the contract."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,23 @@ def test_heads_norms_and_rows_train_beside_an_adapter(model: Classifier) -> None
     assert type(model.norm) is nn.LayerNorm
 
 
+def test_what_trains_whole_gets_no_function_that_its_copy_would_hide(model: Classifier) -> None:
+    report = weft.adapt_(model, LoRA(rank=2), where="all-linear", modules_to_save="head")
+    assert {n: len(fs) for n, fs in weft.functions(model).items() if "weight" in n} == {
+        "body.weight": 1, "head.0.weight": 1, "head.2.weight": 1
+    }  # fmt: skip
+    model.train()(TOKENS).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert report.trainable == 2 * 16 + 8 * 8 + 8 + 8 * 3 + 3
+    with pytest.raises(RecipeError, match="are ignored"):
+        weft.adapt_(model, LoRA(rank=2), where="head.0", modules_to_save="head", name="b")
+
+
+def test_a_mapping_chooses_layers_by_itself(model: Classifier) -> None:
+    report = weft.adapt_(model, {"embedding": LoRA(rank=1), "all-linear": LoRA(rank=2)}, ignore="head.*")
+    assert {n: c.rank for n, c in report.touched.items()} == {"embedding.weight": 1, "body.weight": 2}
+
+
 def test_two_heads_for_two_tasks(model: Classifier) -> None:
     for name in ("first", "second"):
         weft.adapt_(model, {"body": LoRA(rank=1), "head.2": Whole()}, where="*", name=name)
@@ -94,10 +113,10 @@ def test_what_went_before_is_as_it_was_after_a_refusal(model: Classifier) -> Non
     assert len(weft.functions(model)["body.weight"]) == 1
 
 
-@pytest.mark.parametrize("name", ["", "default"])
-def test_names(model: Classifier, name: str) -> None:
+@pytest.mark.parametrize("name", ["", "default", 3, None])
+def test_names(model: Classifier, name: Any) -> None:
     weft.adapt_(model, LoRA(rank=1), where="body")
-    with pytest.raises(RecipeError, match=r"needs a name|has an adapter 'default' already"):
+    with pytest.raises(RecipeError, match=r"needs a name, .*got|has an adapter 'default' already"):
         weft.adapt_(model, LoRA(rank=1), where="body", name=name)
 
 
@@ -105,6 +124,12 @@ def test_token_rows_need_one_input_embedding(model: Classifier) -> None:
     model.second = nn.Embedding(3, 3)
     with pytest.raises(RecipeError, match="has 2 tables"):
         weft.adapt_(model, LoRA(rank=1), where="body", token_rows=[1])
+    del model.second
+    for wrong in (5, "5", [1.5], [True]):
+        with pytest.raises(RecipeError, match=r"token_rows|whole number|finite number"):
+            weft.adapt_(model, LoRA(rank=1), where="body", token_rows=wrong)
+    weft.adapt_(model, LoRA(rank=1), where="body", token_rows=torch.tensor([3, 1]), name="a")
+    assert weft.functions(model)["embedding.weight"][0].config.rows == (3, 1)
     for rows in ((), (1, 1), (20,)):
         with pytest.raises(RecipeError, match="each once"):
             weft.adapt_(model, TokenRows(rows=rows), where="embedding")
@@ -115,6 +140,40 @@ def test_an_adapter_attached_to_merged_weights_is_refused(model: Classifier) -> 
     merge_(model)
     with pytest.raises(RecipeError, match="unmerge_"):
         weft.adapt_(model, LoRA(rank=1), where="body", name="b")
+
+
+def test_removing_walks_over_the_model_a_constant_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = {}
+    for count in (4, 32):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
+        weft.adapt_(model, LoRA(rank=1))
+        walked = [0]
+        with monkeypatch.context() as patch:
+            whole = model.named_modules
+
+            def counted(*a: Any, walked: list[int] = walked, whole: Any = whole, **k: Any) -> Any:
+                walked[0] += 1
+                return whole(*a, **k)
+
+            patch.setattr(model, "named_modules", counted)
+            weft.adapt.remove_(model, "default")
+        walks[count] = walked[0]
+        assert not weft.functions(model)
+    assert walks[4] == walks[32]
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "a", None, True])
+def test_strengths_are_finite_numbers(model: Classifier, strength: Any) -> None:
+    weft.adapt_(model, LoRA(rank=1), where="body")
+    switch_(model, {"default": -0.5})
+    with pytest.raises(RecipeError, match=r"strength of 'default' .* finite number, got"):
+        switch_(model, {"default": strength})
+    assert adapters(model)["default"].strength == -0.5
+
+
+def test_layers_whose_weight_is_a_vector_are_named(model: Classifier) -> None:
+    with pytest.raises(RecipeError, match=r"1 chosen layer has a vector.*norm.*modules_to_save"):
+        weft.adapt_(model, LoRA(rank=1), where="norm")
 
 
 def test_train_only_takes_several(model: Classifier) -> None:

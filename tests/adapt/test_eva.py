@@ -285,6 +285,10 @@ def test_refusals_say_what_to_do(model: Attention) -> None:
     for config, where, data, message in (
         (EVA(), "q", None, "data is missing.*data=batches"),
         (EVA(), "q", [], "no batch"),
+        (EVA(), "q", ["a text"], r"a str is no batch.*tokenizer"),
+        (EVA(), "q", [["a", "text"]], r"a str is no batch.*tokenizer"),
+        (EVA(), "q", "a text", r"a str is no batch.*tokenizer"),
+        (EVA(), "q", 5, "data is a int, not batches"),
         (EVA(rank=3), "q", few, "5 tokens.*7 or more"),
         (EVA(rank=13), "q", few, r"^q.weight: rank 13 is more than"),
         (EVA(rank=2), "table", few, r"table.weight .*Embedding.*all-linear"),

@@ -139,3 +139,10 @@ def test_the_forecast_is_what_a_pass_keeps() -> None:
     assert said["weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad) + sum(
         b.nbytes for b in model.buffers()
     )
+
+
+def test_messages_name_the_option_and_adapters_only(folder: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--token-rows: '1,x'"):
+        run(folder, "--token-rows", "1,x")
+    with pytest.raises(RecipeError, match=r"galore is not an adapter\. (?!.*galore)"):
+        run(folder, "--method", "galore")

@@ -43,6 +43,24 @@ def test_help_has_an_example(name: str) -> None:
     assert "Example: weft " in " ".join(text.split())
 
 
+def test_exit_codes_reach_the_shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from weft.cli import app as cli
+    from weft.cli import doctor
+
+    def interrupted() -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["weft", "doctor", "--json"])
+    for examine, code in ((interrupted, 130), (lambda: {"ok": False}, 1)):
+        monkeypatch.setattr(doctor, "examine", examine)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == code
+    assert "the same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(doctor, "examine", lambda: {"ok": True})
+    cli.main()
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['weft', '--help']\n"

@@ -32,6 +32,15 @@ def gpt2(**changes: Any) -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | changes)).eval()
 
 
+def bert_classifier(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_labels": 3, "initializer_range": 0.2,
+    }  # fmt: skip
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes | changes)).eval()
+
+
 class Small(torch.nn.Module):
     """Layers that no small transformer has."""
 

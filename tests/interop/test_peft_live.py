@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import TOLERANCE, gpt2, llama, train
+from peft_models import TOLERANCE, bert_classifier, gpt2, llama, train
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weft
-from weft.adapt import Bone, LoRA, MixtureOfShards, SVFit, Whole, adapters, load_adapter_, save_adapter
+from weft.adapt import EVA, Bone, LoRA, MixtureOfShards, SVFit, Whole, adapters, load_adapter_, save_adapter
 from weft.errors import CheckpointError, RecipeError
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore::DeprecationWarning", "ignore::UserWarning")
 IDS = torch.tensor([[3, 0, 36, 7, 5, 5, 11]])
+TEXT = list(torch.randint(0, 37, (4, 8, 7), generator=torch.Generator().manual_seed(0)))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -132,6 +133,20 @@ TO_PEFT: dict[str, tuple[Callable[..., Any], Callable[[Any], Any], str]] = {
     "whole copies only": (llama, lambda m: weft.adapt_(m, Whole(), where="lm_head"), "peft"),
     "gpt2": (gpt2, lambda m: weft.adapt_(m, LoRA(rank=3), where=["c_attn", "c_fc", "wpe"]), "peft"),
     "gpt2, tied rows": (gpt2, lambda m: weft.adapt_(m, LoRA(rank=3), where="c_attn", token_rows=[5, 7]), "peft"),
+    "classifier": (bert_classifier, lambda m: weft.adapt_(m, LoRA(rank=3), where=["query", "dense"]), "peft"),
+    "classifier, trained": (
+        bert_classifier, lambda m: weft.adapt_(m, LoRA(rank=3), where="query", modules_to_save="classifier"), "peft"
+    ),
+    "eva, ranks by layer": (
+        llama,
+        lambda m: weft.adapt_(m, EVA(rank=3, rho=2.0), where="all-linear", data=TEXT),
+        "peft",
+    ),
+    "eva, scaled by layer": (
+        llama,
+        lambda m: weft.adapt_(m, EVA(rank=3, adjust_alpha=False), where=ATTENTION, data=TEXT),
+        "peft",
+    ),
     "miss": (
         llama, lambda m: weft.adapt_(m, Bone(rank=5, dropout=0.1), where="all-linear", modules_to_save="norm"), "peft"
     ),
@@ -159,6 +174,9 @@ def test_weft_to_peft_to_weft(case: str, tmp_path: Path) -> None:
     assert report.form == form, report.why
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
+    if case.startswith("eva"):
+        assert config["rank_pattern"]
+        assert bool(config["alpha_pattern"]) == ("ranks" in case)
     theirs = loaded_by_peft(make(), tmp_path / "a")
     assert_near(logits(theirs), logits(ours))
     assert (logits(make()) - logits(ours)).abs().max() > 1e-2

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from weft.adapt.switch import adapters
 from weft.adapt.token_rows import TokenRows
@@ -43,7 +43,7 @@ class Adapted(Attached):
 def adapt_(
     model: nn.Module,
     config: FunctionConfig | Mapping[Any, FunctionConfig | None],
-    where: Selector = ALL_LINEAR,
+    where: Selector | None = None,
     *,
     name: str = "default",
     tensor: str = "weight",
@@ -61,11 +61,12 @@ def adapt_(
     Args:
         model: any module.
         config: an adapter's configuration, such as ``weft.adapt.LoRA(rank=16)``, or selectors with one each.
-        where: which layers, see :mod:`weft.function.where`.
+        where: which layers, see :mod:`weft.function.where`; if None, all linear ones, or those that a mapping chooses.
         name: of this adapter.
         tensor: the tensor of each layer, as in ``parametrize_``.
         ignore: layers to leave alone.
-        modules_to_save: modules to train whole beside it, such as a new head; all their parameters.
+        modules_to_save: modules to train whole beside it, such as a new head; all their parameters, and the
+            configuration leaves them out.
         token_rows: token ids whose rows of the input embedding train.
         data: batches, for adapters that start from data.
 
@@ -81,25 +82,27 @@ def adapt_(
     trainable params: 132 || all params: 472 || trainable%: 27.9661
     """
     check_name(model, name)
+    rows = _token_ids(token_rows)
+    whole = _parts(unwrapped(model), modules_to_save)
+    hidden = {path for paths in whole.values() for path in paths}  # a whole copy would hide what is beneath
+    chosen: Selector = where if where is not None else "*" if isinstance(config, Mapping) else ALL_LINEAR
 
     def parts() -> Iterator[Part]:
-        yield config, where, tensor, ignore
-        for part, paths in _parts(unwrapped(model), modules_to_save).items():
+        yield config, chosen, tensor, [ignore, lambda path, module: path in hidden]
+        for part, paths in whole.items():
             yield Whole(), paths, part, ()
-        if token_rows:
-            yield TokenRows(rows=tuple(token_rows)), [_input_embedding(unwrapped(model))], "weight", ()
+        if rows:
+            yield TokenRows(rows=rows), [_input_embedding(unwrapped(model))], "weight", ()
 
     return attach_parts(model, parts(), name, data)
 
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raise ``RecipeError`` unless a new adapter can have this name."""
-    if not name or not isinstance(name, str) or name in adapters(model):
-        raise RecipeError(
-            f"The model has an adapter {name!r} already; choose another name, or weft.adapt.remove_ it."
-            if name
-            else "An adapter needs a name."
-        )
+    if not name or not isinstance(name, str):
+        raise RecipeError(f"An adapter needs a name, a text that is not empty; got {name!r}.")
+    if name in adapters(model):
+        raise RecipeError(f"The model has an adapter {name!r} already; choose another name, or weft.adapt.remove_ it.")
 
 
 def attach_parts(model: nn.Module, parts: Iterable[Part], name: str, data: Iterable[Any] | None = None) -> Adapted:
@@ -152,12 +155,7 @@ def _add(report: Adapted, more: Attached) -> None:
 def _take_back(model: nn.Module, before: Mapping[str, int]) -> None:
     from weft.adapt.switch import take_out
 
-    done: set[int] = set()
-    for full, fs in functions(model).items():
-        for function in fs[before.get(full, 0) :]:
-            if id(function) not in done:
-                done.add(id(function))
-                take_out(model, function)
+    take_out(model, [f for full, fs in functions(model).items() for f in fs[before.get(full, 0) :]])
 
 
 def _parts(model: nn.Module, selector: Selector) -> dict[str, list[str]]:
@@ -177,6 +175,15 @@ def _parts(model: nn.Module, selector: Selector) -> dict[str, list[str]]:
             for part in getattr(type(module), "weft_names", ()):
                 parts.setdefault(part, []).append(path)
     return parts
+
+
+def _token_ids(rows: Any) -> tuple[int, ...]:
+    """A sequence or a tensor of token ids; their values are checked by the configuration."""
+    if isinstance(rows, Tensor):
+        rows = rows.tolist()
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise RecipeError(f"token_rows is a list of token ids, such as [32000, 32001]; got {rows!r}.")
+    return tuple(rows)
 
 
 def _input_embedding(model: nn.Module) -> str:

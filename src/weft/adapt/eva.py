@@ -100,9 +100,15 @@ class EVA:
                 "will train on, in batches as the model takes them: weft.adapt_(model, EVA(), data=batches), each batch "
                 "a tensor, a tuple, or a mapping such as a tokenizer's."
             )
+        try:
+            batches = iter(data)
+        except TypeError:
+            raise RecipeError(
+                f"data is a {type(data).__name__}, not batches: give a list or a DataLoader of what the model takes."
+            ) from None
         layers = _linear_layers(model, weights, self.rank)
         caps = {n: min(max(self.rank, round(self.rank * self.rho)), *w.shape) for n, w in weights.items()}
-        found = _components(self, model, layers, caps, data)
+        found = _components(self, model, layers, caps, batches)
         ranks = _shares(self, found, caps)
         builders: dict[str, FunctionConfig] = {}
         for name, rank in ranks.items():
@@ -203,10 +209,13 @@ def _linear_layers(model: nn.Module, weights: Mapping[str, Tensor], rank: int) -
 
 
 def _components(
-    config: EVA, model: nn.Module, layers: Mapping[str, list[nn.Module]], caps: Mapping[str, int], data: Iterable[Any]
+    config: EVA,
+    model: nn.Module,
+    layers: Mapping[str, list[nn.Module]],
+    caps: Mapping[str, int],
+    batches: Iterator[Any],
 ) -> dict[str, IncrementalPCA]:
     """Principal components of the inputs of each weight."""
-    batches: Iterator[Any] = iter(data)
     first = next(batches, None)
     if first is None:
         raise RecipeError("EVA got no batch: data is empty, or an iterator that was used up before.")

@@ -191,9 +191,10 @@ def _config(model: nn.Module, said: _Said, modules: Mapping[str, nn.Module], bas
     if alike:  # a list names every module that ends so; a regular expression, whole names only
         target = "|".join(map(re.escape, targets))
     of_base = getattr(model, "config", None)
+    architectures = [str(a) for a in getattr(of_base, "architectures", None) or [type(model).__name__]]
     config: dict[str, Any] = {
         "peft_type": said.type or "LORA",
-        "task_type": task_type([str(a) for a in getattr(of_base, "architectures", None) or [type(model).__name__]]),
+        "task_type": task_type(architectures, said.saved),
         "base_model_name_or_path": base,
         "target_modules": target,
         "modules_to_save": said.saved or None,

@@ -5,7 +5,8 @@ Each of the three is changed by its own verb and by nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def switch_(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) 
         names: one, several, none (``()`` is the model without adapters), or their strengths by name.
 
     Raises:
-        RecipeError: no adapter has such a name, or some are merged.
+        RecipeError: no adapter has such a name, a strength is no finite number, or some are merged.
 
     >>> import weft
     >>> layer = nn.Linear(4, 4)
@@ -90,6 +91,10 @@ def switch_(model: nn.Module, names: str | Sequence[str] | Mapping[str, float]) 
     """
     chosen = names if isinstance(names, Mapping) else dict.fromkeys([names] if isinstance(names, str) else names, None)
     _known(model, chosen)
+    for name, value in chosen.items():
+        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(names, Mapping) and not real:
+            raise RecipeError(f"The strength of {name!r} must be a finite number, got {value!r}; 1 is as trained.")
     _refuse_merged(model)
     for function in _adapters(model):
         function.enabled = function.adapter in chosen
@@ -172,25 +177,26 @@ def remove_(model: nn.Module, name: str) -> list[str]:
     _known(model, [name])
     _refuse_merged(model)
     touched = list(adapters(model)[name].weights)
-    for function in [f for f in _adapters(model) if f.adapter == name]:
-        take_out(unwrapped(model), function)
+    take_out(unwrapped(model), [f for f in _adapters(model) if f.adapter == name])
     return touched
 
 
-def take_out(model: nn.Module, function: WeightFunction) -> None:
-    """Take one function off the weight that it is on, under all its names."""
-    stacks = _stacks(model)
-    stack = next(s for s in stacks.values() if function in list(s))
-    stack.discard(function)
-    if not len(stack):
+def take_out(model: nn.Module, unwanted: Iterable[WeightFunction]) -> None:
+    """Take functions off the weights that they are on, under all their names."""
+    going, stacks = {id(f) for f in unwanted}, _stacks(model)
+    for stack in {id(s): s for s in stacks.values()}.values():
+        for function in [f for f in stack if id(f) in going]:
+            stack.discard(function)
+    for full, stack in stacks.items():
+        if len(stack):
+            continue
         stored = stack.original
         if isinstance(stored, nn.Parameter):
             stored.requires_grad_(stack.trained)
-        for full in [n for n, s in stacks.items() if s is stack]:
-            owner, _, name = full.rpartition(".")
-            module = model.get_submodule(owner)
-            if isinstance(module, Carrier) and name in module.weft_names:
-                take_off(module, name, stored)
+        owner, _, name = full.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, Carrier) and name in module.weft_names:
+            take_off(module, name, stored)
     stop_updating(model)
 
 

@@ -35,13 +35,13 @@ class AdaptPlan:
             RecipeError: a method is no adapter, or a parameter is wrong.
         """
         from weft.function.protocol import FunctionMethod
-        from weft.registry import index, method
+        from weft.registry import method, methods
 
         made = {}
         for where, name, values in self.cases:
             row = method(name)
             if not isinstance(row, FunctionMethod) or not row.adapter:
-                known = [r["name"] for r in index() if r["family"] == "adapt"]
+                known = [n for n, r in methods().items() if isinstance(r, FunctionMethod) and r.adapter]
                 raise RecipeError(f"{name} is not an adapter.{did_you_mean(name, known)}")
             made[where] = row.configure(values)
         return made

@@ -54,11 +54,13 @@ def main() -> None:
     """Entry point: errors that weft raises on purpose are printed, not traced."""
     warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns the code of an Exit, and makes one of an interruption
+        if code == 130:
+            raise KeyboardInterrupt
+        if isinstance(code, int) and code:
+            sys.exit(code)
     except WeftError as error:
         _fail(error)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         print("\nstopped; the same command continues where it was", file=sys.stderr)
         sys.exit(130)
@@ -407,7 +409,7 @@ def adapt(
         plan = AdaptPlan(
             [(w, method, values) for w in where or ["all-linear"]], modules_to_save or [], [], ignore or []
         )
-        plan.token_rows = [int(float(t)) for t in _numbers(token_rows)] if token_rows else []
+        plan.token_rows = _token_rows(token_rows) if token_rows else []
     with _progress(default_progress(quiet)) as progress:
         facts = adapt_command(
             names[0], plan, output or None, data=data, name=name, batch=batch_size, length=length, force=force,
@@ -713,6 +715,13 @@ def _weighted(adapter: str) -> tuple[str, float]:
         raise RecipeError(
             f"--adapter {adapter}: {text!r} is not a number; write the weight like adapter/=0.5."
         ) from None
+
+
+def _token_rows(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--token-rows: {text!r} is no list of token ids; write them like 32000,32001.") from None
 
 
 def _numbers(text: str) -> list[str]:

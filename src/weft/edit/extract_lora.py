@@ -191,5 +191,5 @@ class _Job:
             biases=bool(self.changes.biases),
             fan_in_fan_out=self.flipped,
             base_model=base_model,
-            task_type=task_type(architectures),
+            task_type=task_type(architectures, self.changes.modules),
         )

@@ -24,6 +24,7 @@ NO_TARGET = "dummy-target-modules"  # how PEFT spells an adapter that only saves
 
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+_HEADS = ("classifier", "score")  # modules that PEFT saves whole in all classifiers of sequences
 
 
 class AdapterWriter:
@@ -161,10 +162,16 @@ def plain_config(
     }
 
 
-def task_type(architectures: Sequence[str]) -> str | None:
-    """PEFT's name for what a model does, from ``architectures`` of its configuration.
+def task_type(architectures: Sequence[str], saved: Sequence[str]) -> str | None:
+    """PEFT's name for what a model does, from ``architectures`` of its configuration and the modules saved whole.
 
-    >>> task_type(["LlamaForCausalLM"]), task_type([])
+    None for a classifier whose head is not saved: PEFT would look for one in the file, and not load without.
+
+    >>> task_type(["LlamaForCausalLM"], []), task_type([], [])
     ('CAUSAL_LM', None)
+    >>> task_type(["BertForSequenceClassification"], ["classifier"]), task_type(["BertForSequenceClassification"], [])
+    ('SEQ_CLS', None)
     """
-    return next((t for k, t in _TASKS.items() if architectures and architectures[0].endswith(k)), None)
+    task = next((t for k, t in _TASKS.items() if architectures and architectures[0].endswith(k)), None)
+    head = any(path.endswith(_HEADS) for path in saved)
+    return None if task == "SEQ_CLS" and not head else task

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.errors import RecipeError
+
 IGNORED_LABEL = -100  # torch's default for positions that count in no loss
 
 
@@ -24,14 +26,21 @@ def feed(model: nn.Module, batch: Any) -> Any:
         model: any module.
         batch: a tensor, a tuple or list of positional arguments, or a mapping of named ones.
 
+    Raises:
+        RecipeError: it is text.
+
     >>> feed(nn.Identity(), (torch.ones(2),))
     tensor([1., 1.])
     """
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
+    positional = batch if isinstance(batch, tuple | list) else [batch]
+    if any(isinstance(value, str) for value in positional):
+        raise RecipeError(
+            "a str is no batch: the model takes tensors. Give what a tokenizer makes of the texts, as "
+            'tokenizer(texts, padding=True, return_tensors="pt").'
+        )
+    return model(*positional)
 
 
 @contextmanager

@@ -119,13 +119,30 @@ def parametrize_(
     report.unmatched = [t for t in patterns if not any(matches(t, _path(p), p.module, heads) for p in layers)]
     if not chosen:
         asked = where if where != "*" else list(cases)
-        hint = nearest_names(asked, [(_path(p), p.module) for p in layers])
+        hint = _vectors(places, where, list(cases), name) or nearest_names(
+            asked, [(_path(p), p.module) for p in layers]
+        )
         raise RecipeError(
             f"No layer with a tensor {name!r} was chosen by {asked!r}: {len(layers)} layers have one, "
             f"{len(report.ignored)} of these are ignored.{hint}"
         )
     _attach(model, places, chosen, report, data)
     return report
+
+
+def _vectors(places: list[_Place], where: Selector, cases: list[Any], name: str) -> str:
+    """A hint where layers were chosen whose tensor is no matrix."""
+    found = [
+        p.full for p in places
+        if p.name == name and not _is_weight(p) and matches(where, _path(p), p.module) and matches(cases, _path(p), p.module)
+    ]  # fmt: skip
+    if not found:
+        return ""
+    layers = f"{len(found)} chosen layer{'s have' if len(found) > 1 else ' has'} a vector there"
+    return (
+        f" {layers}, such as {found[0]}, and this function takes matrices: train it whole "
+        "(weft.adapt.Whole, or modules_to_save)."
+    )
 
 
 def functions(model: nn.Module) -> dict[str, list[WeightFunction]]:

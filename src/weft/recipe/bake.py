@@ -125,10 +125,15 @@ def bake(
             found.update(_probe(start, chosen, files, options.memory, seed, data))
             worst = found["change"]
             if not worst <= max_change:  # NaN is not
-                what = "holds NaN or infinity" if math.isnan(worst) else f"changes outputs by {worst:.3g}"
                 where = f" (most in {found['worst']})" if found.get("worst") else ""
+                if math.isnan(worst):
+                    raise VerificationError(
+                        f"{output}: the baked model gives NaN or infinity{where}; nothing was published. The base "
+                        "or an adapter holds such values (weft inspect shows where), or the sum is too large for --dtype."
+                    )
                 raise VerificationError(
-                    f"{output}: the baked model {what} where at most {max_change:g} of the largest is allowed{where}; "
+                    f"{output}: the baked model changes outputs by {worst:.3g} where at most {max_change:g} of the largest is "
+                    f"allowed{where}; "
                     "nothing was published. Bake in a wider --dtype, or raise --max-change."
                 )
             return {"adapters": _named(chosen), "probe": found}
