@@ -84,6 +84,8 @@ def test_conversations_go_through_the_template(tokenizer) -> None:
         ({"text": 3}, "text must be text"),
         ({"input_ids": [1, -2]}, "not negative"),
         ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids and 1 labels"),
+        ({"input_ids": [1, 2], "labels": ["a", "b"]}, "labels must be"),
+        ({"input_ids": [1, 2], "labels": 3}, "labels must be"),
         ({"messages": [{"role": "user"}]}, "chat template"),
     ],
 )

@@ -278,3 +278,113 @@ def test_code_of_a_repository_is_not_run(tmp_path: Path) -> None:
     with Walk(tmp_path, batches) as walk:
         list(walk)
     assert not (tmp_path / "ran").exists()
+
+
+class InPlace(nn.Module):
+    """Adds to what it is given, in place, as many convolutional blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.add_(1))
+
+
+def stack(block: type = InPlace) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(*[block() for _ in range(3)]), nn.Linear(4, 2)).eval()
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_blocks_that_work_in_place_run_as_often_as_one_likes(memory: int) -> None:
+    net, x = stack(), torch.randn(5, 4)
+    with torch.no_grad():
+        expected = net(x)
+    with Walk(net, [x], blocks="1", memory=memory) as walk:
+        for block in walk:
+            block.run()
+            block.run()
+        for _ in range(2):
+            assert torch.equal(next(walk.outputs()), expected)
+
+
+def test_a_block_that_was_run_to_its_end_is_not_run_again() -> None:
+    net, x = stack(), torch.randn(5, 4)
+    with torch.no_grad():
+        expected = net(x)
+    with Walk(net, [x], blocks="1") as walk:
+        for block in walk:
+            block.run(keep=True)
+            with pytest.raises(RecipeError, match="inputs are gone"):
+                block.run()
+        assert torch.equal(next(walk.outputs()), expected)
+
+
+def test_what_identifies_a_walk(tmp_path: Path) -> None:
+    batches = [{"x": torch.arange(12.0).reshape(3, 4), "scale": torch.tensor(1.0)}]
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x * scale
+
+    torch.manual_seed(0)
+    net = Scaled()
+
+    def go(data: list) -> None:
+        with Walk(net, data, blocks="blocks", folder=tmp_path / "w") as walk:
+            list(walk)
+
+    go(batches)
+    go(batches)
+    with pytest.raises(OutputError, match="other data"):
+        go([{"x": batches[0]["x"].reshape(3, 1, 4), "scale": batches[0]["scale"]}])
+    with torch.no_grad():
+        net.blocks[1].weight[0, 0] += 1
+    with pytest.raises(OutputError, match="another model"):
+        go(batches)
+    for damaged in ("{", "[]", '{"identity": 1}'):
+        (tmp_path / "w" / "walk.json").write_text(damaged)
+        with pytest.raises(OutputError, match="no record of a walk"):
+            go(batches)
+
+
+def test_a_walk_leaves_a_model_as_it_was() -> None:
+    net = stack()
+    net.train()
+    net[2].eval()
+    calls = []
+
+    def patched(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return nn.Linear.forward(net[1][1].linear, x.add_(1))
+
+    net[1][1].forward = patched
+    with Walk(net, [torch.randn(2, 4)], blocks="1") as walk:
+        for _ in walk:
+            assert not any(m.training for m in net.modules())
+        list(walk.outputs())
+    assert net[1][1].forward is patched
+    assert calls
+    assert [m.training for m in net] == [True, True, False]
+
+
+def test_files_are_closed_behind_a_walk(tmp_path: Path) -> None:
+    import os
+
+    model, batches = build("gpt2")
+    model.save_pretrained(tmp_path)
+
+    def opened() -> list[str]:
+        links = [f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")]
+        return [os.readlink(p) for p in links if os.path.lexists(p)]
+
+    with Walk(tmp_path, batches) as walk:
+        list(walk)
+    assert not [p for p in opened() if p.startswith(str(tmp_path))]

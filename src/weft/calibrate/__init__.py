@@ -1,8 +1,13 @@
 """Statistics from data: a walk through a model block by block, and what is gathered on the way.
 
-Start at :mod:`weft.calibrate.walker`.
+Start with :func:`weft.calibrate.collect`, which gathers statistics and can write them to a folder, and
+:class:`weft.calibrate.Statistics`, which reads them. Methods that change a model block by block use
+:func:`weft.calibrate.rewrite`, or walk by themselves: :mod:`weft.calibrate.walker`.
 """
 
+from weft.calibrate.collect import collect
+from weft.calibrate.rewrite import rewrite
+from weft.calibrate.statistics import Statistics
 from weft.calibrate.walker import Block, Walk
 
-__all__ = ["Block", "Walk"]
+__all__ = ["Block", "Statistics", "Walk", "collect", "rewrite"]

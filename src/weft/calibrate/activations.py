@@ -67,7 +67,7 @@ class Activations:
     def __getitem__(self, number: int) -> Tensor:
         held = self._held.get(number)
         if held is not None:
-            return held
+            return held.clone()  # who asks may work in place
         with open_checkpoint(self._path(number)) as file:
             return file["hidden"].torch()
 

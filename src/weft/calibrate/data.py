@@ -200,6 +200,8 @@ def _row(sample: Any, number: int, named: str, tokenizer: Any, options: DataOpti
         if not isinstance(ids, Sequence) or not all(type(i) is int and i >= 0 for i in ids):
             raise CheckpointError(f"{where}: input_ids must be a list of whole numbers that are not negative.")
         labels = sample.get("labels", ids)
+        if not isinstance(labels, Sequence) or not all(type(i) is int for i in labels):
+            raise CheckpointError(f"{where}: labels must be a list of whole numbers, {IGNORED} where there is none.")
         if len(labels) != len(ids):
             raise CheckpointError(f"{where}: has {len(ids)} input_ids and {len(labels)} labels.")
         return list(ids), list(labels)

@@ -23,7 +23,13 @@ def is_experts(module: nn.Module) -> bool:
 
 
 class Slice(nn.Linear):
-    """One expert's matrix (out, in), a view of the fused parameter; a transposed one is turned."""
+    """One expert's matrix (out, in), a view of the fused parameter; a transposed one is turned.
+
+    Attributes:
+        rows: while it runs, which tokens of the block its input rows are.
+    """
+
+    rows: Tensor | None = None
 
     def __init__(self, experts: Any, name: str, index: int):
         nn.Module.__init__(self)
@@ -50,7 +56,7 @@ def unfused(block: nn.Module, name: str = "") -> Iterator[dict[str, Slice]]:
         The layers by full name, ``….experts.3.down_proj``; empty where there are no experts.
     """
     layers: dict[str, Slice] = {}
-    changed = []
+    before: list[tuple[nn.Module, Any]] = []
     for path, module in block.named_modules():
         if not is_experts(module):
             continue
@@ -61,13 +67,15 @@ def unfused(block: nn.Module, name: str = "") -> Iterator[dict[str, Slice]]:
             if isinstance(fused, nn.Parameter):
                 for index in range(fused.shape[0]):
                     own[part, index] = layers[f"{prefix}.{index}.{part}"] = Slice(module, part, index)
+        before.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = _forward(module, own)
-        changed.append(module)
     try:
         yield layers
     finally:
-        for module in changed:
+        for module, forward in before:
             module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward
 
 
 def _forward(experts: Any, layers: dict[tuple[str, int], Slice]) -> Any:
@@ -83,9 +91,12 @@ def _forward(experts: Any, layers: dict[tuple[str, int], Slice]) -> Any:
             token = token[order]
             if not len(token):
                 continue
-            y = layers[first, index](hidden[token])
+            enter, leave = layers[first, index], layers["down_proj", index]
+            enter.rows = leave.rows = token
+            y = enter(hidden[token])
             y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
-            y = layers["down_proj", index](y) * top_k_weights[token, position, None]
+            y = leave(y) * top_k_weights[token, position, None]
+            enter.rows = leave.rows = None
             out.index_add_(0, token, y.to(out.dtype))
         return out
 

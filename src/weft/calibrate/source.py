@@ -8,14 +8,17 @@ transformers' own conversions.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.fingerprint import fingerprint_of
 from weft.checkpoint.open import open_checkpoint
 from weft.errors import CheckpointError, MissingDependencyError, RecipeError, did_you_mean
 
@@ -24,15 +27,18 @@ class InMemory:
     """A model that is all there; parts are neither loaded nor dropped.
 
     Attributes:
-        model: the model, in evaluation.
+        model: the model.
         stacks: for each list of blocks, in the order in which they run, the blocks' full names.
-        identity: changes when the weights come from elsewhere; decides whether a walk may resume.
     """
 
     def __init__(self, model: nn.Module, blocks: str | Sequence[str] = ()):
         self.model = model
         self.stacks = find_blocks(model, blocks)
-        self.identity = ""
+
+    def weights_identity(self) -> str:
+        """Changes with the weights; decides whether a walk may resume."""
+        state = self.model.state_dict()
+        return xxhash.xxh3_128_hexdigest(repr([(n, fingerprint_of(t)) for n, t in state.items()]).encode())
 
     def load(self, names: Iterable[str]) -> None:
         """Give the named modules their weights."""
@@ -67,10 +73,12 @@ class FromCheckpoint(InMemory):
     def __init__(self, checkpoint: Checkpoint, model_class: Any = None, blocks: str | Sequence[str] = ()):
         self.checkpoint = checkpoint
         super().__init__(_on_meta(checkpoint, model_class), blocks)
-        self.identity = checkpoint.fingerprint
         self._in_blocks = tuple(f"{n}." for names in self.stacks for n in names)
         self._mapping = _conversions(self.model)
         self._keys = self._sorted_keys()
+
+    def weights_identity(self) -> str:
+        return self.checkpoint.fingerprint
 
     def load(self, names: Iterable[str]) -> None:
         for name in names:
@@ -167,9 +175,44 @@ def open_source(
     [['0.0']]
     """
     if isinstance(model, nn.Module):
-        return InMemory(model.eval(), blocks)
+        return InMemory(model, blocks)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     return FromCheckpoint(checkpoint, model_class, blocks)
+
+
+@contextlib.contextmanager
+def whole_model(checkpoint: Checkpoint, copies: float = 1.0, beside: float = 0.0) -> Iterator[Any]:
+    """A transformers model with all its weights, for the length of a ``with``.
+
+    Args:
+        checkpoint: an open checkpoint with a ``config.json``.
+        copies: how often the weights will be in memory (with gradients: twice).
+        beside: bytes for each parameter that are needed beside them.
+
+    Raises:
+        CheckpointError: this machine has not the memory.
+    """
+    needed, there = int(checkpoint.nbytes * copies + checkpoint.parameters * beside), physical_memory()
+    if needed > 0.8 * there:
+        raise CheckpointError(
+            f"{checkpoint.name}: this needs the whole model in memory, {needed / 1e9:,.1f} GB with what is kept beside it, "
+            f"and the machine has {there / 1e9:,.1f} GB. Use statistics that a walk gathers block by block (gram, scales, …), "
+            "or a larger machine."
+        )
+    source = FromCheckpoint(checkpoint)
+    names = [n for stack in source.stacks for n in stack]
+    source.load_rest()
+    source.load(names)
+    try:
+        yield source.model
+    finally:
+        source.drop(names)
+        source.drop_rest()
+
+
+def physical_memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] = ()) -> list[list[str]]:

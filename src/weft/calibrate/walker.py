@@ -37,6 +37,7 @@ from weft.calibrate.check import check_architecture
 from weft.calibrate.experts import Slice, unfused
 from weft.calibrate.source import FromCheckpoint, InMemory, open_source
 from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.open import open_checkpoint
 from weft.errors import OutputError, RecipeError
 
 Batch = Any  # a tensor, a tuple of positional arguments, or a mapping of named ones
@@ -62,6 +63,7 @@ class Block:
     module: nn.Module
     walk: Walk
     experts: dict[str, Slice] = field(default_factory=dict)
+    finished: bool = field(default=False, init=False)
 
     def linears(self) -> dict[str, nn.Module]:
         """Layers that multiply by one matrix, by full name: linear layers, GPT-2's Conv1D, single experts."""
@@ -71,8 +73,25 @@ class Block:
         return {**found, **self.experts}
 
     def run(self, *, keep: bool = False) -> None:
-        """Run over all batches, for hooks to see; ``keep``: outputs become the next block's inputs."""
+        """Run over all batches, for hooks to see; ``keep``: outputs become the next block's inputs.
+
+        The walk runs a block with ``keep`` by itself when the loop goes on, unless that was done; nothing may run after.
+
+        Raises:
+            RecipeError: the block ran with ``keep`` before, so its inputs are gone.
+        """
+        if self.finished:
+            raise RecipeError(
+                f"{self.name} has run with keep=True, and its inputs are gone; run it for statistics before that."
+            )
         self.walk._replay(self, keep)
+        self.finished = keep
+
+    def given(self, batch: int) -> list[Tensor]:
+        """Tensors that the block is given with a batch beside its hidden states (masks, angles, encoder states)."""
+        found: list[Tensor] = []
+        nested_map(self.walk._calls[self.name][batch], found.append)
+        return found
 
     def stored(self) -> dict[str, Tensor]:
         """The present weights under the names that they have in a checkpoint."""
@@ -115,15 +134,23 @@ class Walk:
         folder: str | os.PathLike[str] | None = None,
         check: bool = True,
     ):
-        self.source = model if isinstance(model, InMemory) else open_source(model, blocks, model_class)
-        self.model = self.source.model
-        if check and isinstance(self.source, FromCheckpoint):
-            check_architecture(type(self.model), self.model.config)
         self.batches = [_on_cpu(b) for b in batches]
         if not self.batches:
             raise RecipeError(
                 "There are no calibration batches: the data is empty, or its iterator was used up before."
             )
+        self._opened = open_checkpoint(model) if isinstance(model, str | Path) else None  # ours to close
+        try:
+            self.source = (
+                model if isinstance(model, InMemory) else open_source(self._opened or model, blocks, model_class)
+            )
+            self.model = self.source.model
+            if check and isinstance(self.source, FromCheckpoint):
+                check_architecture(type(self.model), self.model.config)
+        except BaseException:
+            self._close()
+            raise
+        self.batch_number = 0  # of the batch that a block is running on, for hooks
         self.folder = None if folder is None else Path(folder)
         self._memory = memory
         self._names = [n for stack in self.source.stacks for n in stack]
@@ -133,18 +160,30 @@ class Walk:
         self._last: dict[int, Activations] = {}  # of finished lists
         self._first = 0  # the first block that is not finished
         self._caching: list[Any] = []  # configurations whose cache is off for the length of the walk
+        self._training: list[nn.Module] = []  # modules that are in evaluation for the length of the walk
+        self._known_identity = ""
 
     def __enter__(self) -> Walk:
         self._first = self._finished_before()
         self._caching = _without_cache(self.model)
+        self._training = [m for m in self.model.modules() if m.training]
+        for module in self._training:
+            module.training = False
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for module in self._training:
+            module.training = True
+        self._close()
         for store in {id(s): s for s in [self._current, *self._last.values()] if s is not None}.values():
             store.close()
         self._calls.clear()
         for config in self._caching:
             config.use_cache = True
+
+    def _close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -185,7 +224,7 @@ class Walk:
         try:
             for number, batch in enumerate(self.batches):
                 with self._standing_in(len(self.source.stacks), number, {}):
-                    yield _call(self.model, batch)
+                    yield call(self.model, batch)
         finally:
             self.source.drop_rest()
 
@@ -196,7 +235,8 @@ class Walk:
             with unfused(module, name) as experts:
                 block = Block(name, number, module, self, dict(experts))
                 yield block
-                block.run(keep=True)
+                if not block.finished:
+                    block.run(keep=True)
             self._finish(number)
         finally:
             self.source.drop([name])
@@ -206,6 +246,7 @@ class Walk:
         assert self._current is not None
         written = self._store(block.number) if keep else None
         for number, (args, kwargs) in enumerate(self._calls[block.name]):
+            self.batch_number = number
             hidden = self._current[number]
             args, kwargs = _with_hidden(args, kwargs, hidden)
             out = block.module(*args, **kwargs)
@@ -225,7 +266,7 @@ class Walk:
         for number, batch in enumerate(self.batches):
             shared: dict[int, Tensor] = {}
             with self._standing_in(index, number, shared), contextlib.suppress(_Stop):
-                _call(self.model, batch)
+                call(self.model, batch)
             for name in names:
                 if len(self._calls[name]) != number + 1:
                     raise RecipeError(
@@ -259,7 +300,7 @@ class Walk:
         self, name: str, first: bool, last: bool, number: int, beside: list[Any], shared: dict[int, Tensor]
     ) -> Callable[..., Any]:
         module = self.model.get_submodule(name)
-        plain = type(module).forward
+        plain = module.forward
 
         def once(tensor: Tensor) -> Tensor:
             return shared.setdefault(id(tensor), tensor)
@@ -272,8 +313,8 @@ class Walk:
             self._calls[name].append(nested_map(bare, once))
             if first:
                 assert self._current is not None
-                self._current[number] = hidden
-                out = plain(module, *args, **kwargs)
+                self._current[number] = hidden.clone()  # the block may change it in place
+                out = plain(*args, **kwargs)
                 beside.append(out[1:] if isinstance(out, tuple) else None)
             self._beside[name] = None if beside[0] is None else len(beside[0])
             if last:
@@ -309,7 +350,7 @@ class Walk:
         assert self.folder is not None
         path = self.folder / "walk.json"
         partial = path.with_suffix(".partial")
-        journal = {"identity": self._identity(), "finished": finished, "beside": self._beside}
+        journal = {"identity": self._known_identity, "finished": finished, "beside": self._beside}
         partial.write_text(json.dumps(journal), encoding="utf-8")
         os.replace(partial, path)
 
@@ -317,28 +358,55 @@ class Walk:
         if self.folder is None:
             return 0
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._known_identity = self._identity()
         path = self.folder / "walk.json"
         if not path.is_file():
             return 0
-        journal = json.loads(path.read_text(encoding="utf-8"))
-        if journal.get("identity") != self._identity():
+        try:
+            journal = json.loads(path.read_text(encoding="utf-8"))
+            identity, finished, beside = journal["identity"], int(journal["finished"]), dict(journal["beside"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise OutputError(
+                f"{path}: is no record of a walk ({error!r}). Give another folder, or remove this one."
+            ) from None
+        if identity != self._known_identity or not 0 <= finished <= len(self._names):
             raise OutputError(
                 f"{self.folder}: holds the walk of another model or other data. Give another folder, or remove this one."
             )
-        self._beside = dict(journal["beside"])
-        return int(journal["finished"])
+        self._beside = beside
+        return finished
 
     def _identity(self) -> str:
-        digest = xxhash.xxh3_128(self.source.identity.encode())
-        digest.update(json.dumps(self._names).encode())
+        """Of the model's weights, its blocks, and the batches."""
+        return digest_of([self.source.weights_identity(), self._names, *self.batches])
 
-        def add(tensor: Tensor) -> Tensor:
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-            return tensor
 
-        for batch in self.batches:
-            nested_map(batch, add)
-        return digest.hexdigest()
+def digest_of(value: Any) -> str:
+    """A digest of a nest of tensors and plain values: of their bytes, shapes and types, and of the names in mappings.
+
+    >>> digest_of([torch.zeros(2, 3)]) == digest_of([torch.zeros(3, 2)])
+    False
+    """
+    digest = xxhash.xxh3_128()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, Mapping):
+            digest.update(f"mapping of {len(part)}".encode())
+            for key, inner in part.items():
+                digest.update(repr(key).encode())
+                add(inner)
+        elif isinstance(part, list | tuple):
+            digest.update(f"sequence of {len(part)}".encode())
+            for inner in part:
+                add(inner)
+        else:
+            digest.update(repr(part).encode())
+
+    add(value)
+    return digest.hexdigest()
 
 
 class _StandIns:
@@ -347,14 +415,19 @@ class _StandIns:
     def __init__(self, model: nn.Module, forwards: Mapping[str, Callable[..., Any]]):
         self._modules = {name: model.get_submodule(name) for name in forwards}
         self._forwards = forwards
+        self._before: dict[str, Any] = {}  # forward functions that others have put on single modules
 
     def __enter__(self) -> None:
         for name, module in self._modules.items():
+            if "forward" in module.__dict__:
+                self._before[name] = module.__dict__["forward"]
             module.__dict__["forward"] = self._forwards[name]
 
     def __exit__(self, *exc: object) -> None:
-        for module in self._modules.values():
+        for name, module in self._modules.items():
             module.__dict__.pop("forward", None)
+            if name in self._before:
+                module.__dict__["forward"] = self._before[name]
 
 
 def _without_cache(model: nn.Module) -> list[Any]:
@@ -366,7 +439,8 @@ def _without_cache(model: nn.Module) -> list[Any]:
     return found
 
 
-def _call(model: nn.Module, batch: Batch) -> Any:
+def call(model: nn.Module, batch: Batch) -> Any:
+    """A model's outputs for a batch."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)

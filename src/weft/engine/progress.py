@@ -14,8 +14,8 @@ _LINE_SECONDS = 5.0
 class Progress:
     """Counts bytes and tensors; safe to call from several threads. This base class is silent."""
 
-    def start(self, label: str, tensors: int, nbytes: int) -> None:
-        """A stage of ``tensors`` tensors and ``nbytes`` bytes begins."""
+    def start(self, label: str, tensors: int, nbytes: int, unit: str = "tensors") -> None:
+        """A stage of ``tensors`` tensors and ``nbytes`` bytes begins; other units have no bytes: give their number twice."""
 
     def advance(self, name: str, nbytes: int) -> None:
         """Tensor ``name`` is done."""
@@ -31,16 +31,16 @@ class TextProgress(Progress):
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._lock = threading.Lock()
-        self._label, self._tensors, self._nbytes = "", 0, 0
+        self._label, self._tensors, self._nbytes, self._unit = "", 0, 0, "tensors"
         self._done_tensors = self._done_bytes = 0
         self._began = time.monotonic()
         self._stage_began = self._shown = self._began
         self._width = 0
 
-    def start(self, label: str, tensors: int, nbytes: int) -> None:
+    def start(self, label: str, tensors: int, nbytes: int, unit: str = "tensors") -> None:
         """See :class:`Progress`."""
         with self._lock:
-            self._label, self._tensors, self._nbytes = label, tensors, max(nbytes, 1)
+            self._label, self._tensors, self._nbytes, self._unit = label, tensors, max(nbytes, 1), unit
             self._done_tensors = self._done_bytes = 0
             self._stage_began = time.monotonic()
 
@@ -68,10 +68,9 @@ class TextProgress(Progress):
         rate = self._done_bytes / seconds
         left = (self._nbytes - self._done_bytes) / rate if rate else 0.0
         share = 100 * self._done_bytes / self._nbytes
-        return (
-            f"{self._label} {share:3.0f}%  {self._done_tensors}/{self._tensors} tensors  "
-            f"{rate / 1e6:,.0f} MB/s  {left:,.0f} s left  {name}"
-        )
+        speed = f"{rate / 1e6:,.0f} MB/s  " if self._unit == "tensors" else ""
+        done = f"{self._done_tensors}/{self._tensors} {self._unit}"
+        return f"{self._label} {share:3.0f}%  {done}  {speed}{left:,.0f} s left  {name}"
 
     def _write(self, line: str) -> None:
         if self._terminal:
