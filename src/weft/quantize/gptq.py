@@ -166,7 +166,8 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
     h = (h + h.T) / 2
     h.diagonal()[dead] = mean
     h = h[order][:, order]
-    share, notes = config.damping, ()
+    share = config.damping
+    notes: tuple[str, ...] = ()
     while True:
         damped = h.clone()
         damped.diagonal().add_(share * mean)
@@ -210,6 +211,7 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
         if not len(gram) or weight.dim() != 2 or len(weight) % len(gram):
             raise RecipeError(f"{list(weight.shape)} has no rows for each of {len(gram)} Gram matrices.")
         return _joined([gptq_codes(w, g, config) for w, g in zip(weight.chunk(len(gram)), gram)])
+    weight = weight.detach()
     scale, zero = fit_grid(weight, config)  # which checks the weight
     held = gptq_factor(gram, config) if isinstance(gram, Tensor) else gram
     if len(held.order) != weight.shape[1]:
@@ -220,7 +222,7 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
         codes = quantize(weight, scale, zero, config)
         return Rounded(codes, dequantize(codes), torch.zeros((), dtype=torch.float64), held.notes)
     order = held.order.to(weight.device)
-    w = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)[:, order]
+    w = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)[:, order]
     upper = held.upper.to(w)
     groups = order // (config.group_size or len(order))  # of each column, in the new order
     low, high = config.codes
@@ -352,5 +354,6 @@ METHODS = (
         codes=lambda config: config.codes,
         error=0.1,
         finer={"bits": (2, 3, 4, 8)},
+        refits="grids are fitted anew, and the lowest or the highest code may be unused",
     ),
 )

@@ -100,7 +100,8 @@ def hqq_codes(weight: Tensor, config: HQQ | None = None) -> Codes:
     config = config or HQQ()
     fit_grid(weight, Grid(config.bits, config.group_size, "asymmetric", config.scale_dtype))  # checks the weight
     w = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    w = w.unflatten(1, (-1, config.group_size or w.shape[1]))  # (out, groups, group_size)
+    # contiguous: the order in which means are taken must not depend on how the weight lies
+    w = w.contiguous().unflatten(1, (-1, config.group_size or w.shape[1]))  # (out, groups, group_size)
     dtype = SCALES[config.scale_dtype]
     smallest = w.amin(-1, keepdim=True)
     span = w.amax(-1, keepdim=True) - smallest
