@@ -222,27 +222,29 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
         codes = quantize(weight, scale, zero, config)
         return Rounded(codes, dequantize(codes), torch.zeros((), dtype=torch.float64), held.notes)
     order = held.order.to(weight.device)
-    w = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)[:, order]
+    # columns lie as rows, (in, out): each is one piece of memory
+    w = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).T[order].contiguous()
     upper = held.upper.to(w)
-    groups = order // (config.group_size or len(order))  # of each column, in the new order
+    size = config.group_size or len(order)
+    groups = order // size  # of each column, in the new order
     low, high = config.codes
     made = torch.empty_like(w, dtype=torch.int16)
     loss = torch.zeros((), dtype=torch.float64, device=w.device)
     for start, stop in _blocks(len(order), config):
-        if config.groups == "dynamic" and start % (config.group_size or len(order)) == 0:
+        if config.groups == "dynamic" and start % size == 0:
             group = int(groups[start])
-            fitted = fit_grid(w[:, start : start + (config.group_size or len(order))], replace(config, group_size=0))
+            fitted = fit_grid(w[start : start + size].T, replace(config, group_size=0))
             scale[:, group], zero[:, group] = fitted[0][:, 0], fitted[1][:, 0]
-        s, z = scale[:, groups[start:stop]].to(w.dtype), zero[:, groups[start:stop]].to(w.dtype)  # (out, block)
+        s, z = (v.T[groups[start:stop]].to(w.dtype) for v in (scale, zero))  # (block, out)
         errors = torch.empty_like(s)
         for i, j in enumerate(range(start, stop)):
-            code = ((w[:, j] / s[:, i]).round() + z[:, i]).clamp(low, high)
-            made[:, j] = code.to(torch.int16)
-            errors[:, i] = (w[:, j] - (code - z[:, i]) * s[:, i]) / upper[j, j]
-            w[:, j + 1 : stop] -= errors[:, i, None] * upper[j, j + 1 : stop]
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
+            code = ((w[j] / s[i]).round() + z[i]).clamp(low, high)
+            made[j] = code.to(torch.int16)
+            errors[i] = (w[j] - (code - z[i]) * s[i]) / upper[j, j]
+            w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[i], alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.to(torch.float64).square().sum() / 2
-    codes = Codes(made[:, order.argsort()], scale, zero)
+    codes = Codes(made[order.argsort()].T.contiguous(), scale, zero)
     return Rounded(codes, dequantize(codes), loss, held.notes)
 
 
