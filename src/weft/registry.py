@@ -21,7 +21,7 @@ from typing import Any
 from weft.errors import RecipeError, did_you_mean
 from weft.method import Method
 
-FAMILIES = ("merge", "edit", "adapt", "init", "normalize")
+FAMILIES = ("merge", "edit", "adapt", "init", "normalize", "quantize")
 ENTRY_POINT = "weft.methods"
 INDEX = Path(__file__).with_name("methods.json")
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -143,6 +143,14 @@ def _how_to_run(row: Method) -> dict[str, str]:
                 "call": f"weft.adapt_(model, {built})",
                 "shell": f"weft adapt MODEL --method {row.name}{flags} -o OUT",
             }
+        if hasattr(row, "writes"):
+            needed = [
+                n
+                for n, p in inspect.signature(row.writes).parameters.items()
+                if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+            ]
+            given = [*needed, built] if changed else needed
+            return {"call": f"weft.{row.family}.{row.writes.__name__}({', '.join(given)})"}
         return {"call": f"weft.parametrize_(model, {built})" if hasattr(row.config, "build") else built}
     if hasattr(row, "fills"):
         needed = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"adapters.md": 2, "init.md": 6, "symmetry.md": 4}  # how many snippets there are at least
+PAGES = {"adapters.md": 2, "init.md": 6, "quantize.md": 4, "symmetry.md": 4}  # how many snippets there are at least
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))

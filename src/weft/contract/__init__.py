@@ -29,6 +29,7 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
     from weft.function.layer import LayerMethod
     from weft.function.optimizer import OptimizerMethod
     from weft.function.protocol import FunctionMethod
+    from weft.function.quantizer import QuantizeMethod
 
     if isinstance(method, FunctionMethod):
         from weft.contract import functions
@@ -46,6 +47,10 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
         from weft.contract import optimizers
 
         return optimizers.run
+    if isinstance(method, QuantizeMethod):
+        from weft.contract import quantizers
+
+        return quantizers.run
     raise RecipeError(f"There is no contract battery for {method.name} (family {method.family}).")
 
 

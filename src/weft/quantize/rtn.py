@@ -22,7 +22,8 @@ from torch import Tensor
 
 from weft.calibrate import Statistics, rewrite
 from weft.checkpoint.checkpoint import Checkpoint
-from weft.quantize.grid import Grid, fake_quantize, fit_grid
+from weft.function.quantizer import QuantizeMethod
+from weft.quantize.grid import Grid, dequantize, fake_quantize, fit_grid, quantize
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,22 @@ def quantize_rtn(
     change: Callable[[str, Tensor, Statistics], Tensor] = config.change
     recipe = {"method": "rtn", "parameters": asdict(config)}
     return rewrite(model, None, change, output, recipe=recipe, **options)
+
+
+METHODS = (
+    QuantizeMethod(
+        name="rtn",
+        family="quantize",
+        config=RTN,
+        summary="Round every weight to the nearest value of its group's grid; no data.",
+        goal="shrink",
+        origin="rounding to nearest, the baseline of all",
+        checked_by=("brute force",),
+        writes=quantize_rtn,
+        quantize=lambda weight, config, gram: quantize(weight, *fit_grid(weight, config), config),
+        dequantize=dequantize,
+        codes=lambda config: config.codes,
+        error=0.1,
+        finer={"bits": (2, 3, 4, 8)},
+    ),
+)

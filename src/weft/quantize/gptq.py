@@ -1,0 +1,361 @@
+"""Round a layer column by column, and let the columns still to come make up for each one's error on calibration inputs.
+
+GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, Frantar et al., arXiv:2210.17323
+(ICLR 2023).
+
+    minimise  ½ tr(Δ H Δᵀ)        Δ = W − Ŵ (out, in);  H = Σ xᵀx + λ I (in, in);  H⁻¹ = Uᵀ U, U upper triangular
+    for each column j:            e = (w_j − Q(w_j)) / U_jj        w_k ← w_k − e · U_jk  for all k ≥ j
+
+Q rounds to the grid of the column's group (:mod:`weft.quantize.grid`); λ is ``damping`` times the mean of H's diagonal.
+With R upper triangular and H = R Rᵀ (a Cholesky factor with both axes flipped), U = R⁻¹: one factorisation and one
+triangular solve, in float64. Updates beyond the next ``block_size`` columns are made at once, which changes nothing.
+
+==========  ====================================================================================
+``order``   columns are rounded
+==========  ====================================================================================
+none        from the first to the last
+static      by falling diagonal of H; grids are of the original groups and weights
+gar         groups by their largest diagonal, and columns within each: groups stay in one piece
+==========  ====================================================================================
+
+``groups``: grids are fitted to the original weights (static), or to what is left of a group when it begins (dynamic).
+
+Differences from the paper and its code: an input that calibration never saw (zero on H's diagonal) is rounded to nearest;
+the authors set its weights to zero. Where H is not positive definite λ grows tenfold until it is, and a note says so. The
+authors' order with groups formed anew (``desc_act`` without static groups) is left out: it needs an index for each column
+that no current format stores. Grids are those of this package. Blocks end where dynamic groups begin, so that a group's
+grid always sees all compensation. A layer that no token reached is rounded to nearest, and named.
+Complexity: O(in³) for the factor, once for layers with equal inputs, and O(out · in²).
+Re-implemented from the equations (official code: Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.calibrate import Statistics, rewrite
+from weft.checkpoint.checkpoint import Checkpoint
+from weft.errors import RecipeError
+from weft.function.quantizer import QuantizeMethod
+from weft.method import parameter
+from weft.quantize.grid import Codes, Grid, dequantize, fit_grid, quantize
+
+ORDERS = ("none", "static", "gar")
+GROUPS = ("static", "dynamic")
+
+
+@dataclass(frozen=True)
+class GPTQ(Grid):
+    """A grid, and how columns are rounded to it.
+
+    >>> GPTQ(bits=3, group_size=64, order="gar").damping
+    0.01
+    """
+
+    damping: float = parameter(0.01, "λ as a share of the mean of the Gram matrix' diagonal", minimum=0)
+    block_size: int = parameter(128, "columns that are rounded before the rest is updated; for speed only", minimum=1)
+    order: str = parameter("static", "of columns: none, static or gar", choices=ORDERS)
+    groups: str = parameter(
+        "static", "when grids are fitted: static or dynamic (not with order static)", choices=GROUPS
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.damping < float("inf") or self.block_size < 1:
+            raise RecipeError(
+                f"GPTQ needs damping ≥ 0 and block_size ≥ 1, got damping={self.damping!r}, block_size={self.block_size!r}."
+            )
+        if self.order not in ORDERS or self.groups not in GROUPS:
+            raise RecipeError(
+                f"GPTQ knows the orders {', '.join(ORDERS)} and groups {', '.join(GROUPS)}, got {self.order!r}, "
+                f"{self.groups!r}."
+            )
+        if self.order == "static" and self.groups == "dynamic":
+            raise RecipeError(
+                "order='static' takes columns of many groups in turn, so their grids are fitted before: give "
+                "groups='static', or order='gar', which keeps groups in one piece."
+            )
+
+    def change(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
+        """A layer's matrix on its grid; see :func:`weft.calibrate.rewrite` (``what="gram"``).
+
+        A layer that no token reached is rounded to nearest, with a warning that names it.
+        """
+        return _round(self, name, weight, statistics, None)[0]
+
+
+class Factor(NamedTuple):
+    """What GPTQ needs of a Gram matrix.
+
+    Attributes:
+        order: (in,) int64, the order of the columns.
+        upper: (in, in) float64, U of the inverse, rows and columns in that order; None where no input was ever seen.
+        damping: λ, in the Gram matrix' units.
+        notes: what had to be done beside, in sentences.
+    """
+
+    order: Tensor
+    upper: Tensor | None
+    damping: float
+    notes: tuple[str, ...]
+
+
+class Rounded(NamedTuple):
+    """A layer after GPTQ.
+
+    Attributes:
+        codes: codes, scales and zero points.
+        weight: (out, in) float32, what the codes stand for.
+        loss: ½ tr(Δ H Δᵀ) with the damped Gram matrix H (inputs never seen have the mean of its diagonal); 0-d float64.
+        notes: see :class:`Factor`.
+    """
+
+    codes: Codes
+    weight: Tensor
+    loss: Tensor
+    notes: tuple[str, ...]
+
+
+def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
+    """The order of columns and the factor of the inverse; layers with equal inputs share it.
+
+    Args:
+        gram: (in, in), Σ xᵀx of the layer's inputs; :meth:`weft.calibrate.Statistics.gram`. Any positive multiple gives
+            the same codes.
+        config: damping, order, group size.
+
+    Raises:
+        RecipeError: it is no symmetric matrix of finite numbers with a diagonal that is not negative, or its size does not
+            divide into groups.
+
+    Source: arXiv:2210.17323, section 3.3, step 3.
+
+    >>> gptq_factor(torch.diag(torch.tensor([1.0, 4.0])), GPTQ(group_size=0, damping=0)).upper.tolist()
+    [[0.5, 0.0], [0.0, 1.0]]
+    """
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not gram.numel() or not gram.is_floating_point():
+        raise RecipeError(f"GPTQ needs a Gram matrix (in, in) of numbers, got {list(gram.shape)} {gram.dtype}.")
+    h = gram.detach().to(torch.float64)
+    diagonal = h.diagonal().clone()
+    sizes = diagonal.clamp(min=0).sqrt()
+    limits = sizes[:, None] * sizes  # of Cauchy and Schwarz: none of Σ xᵀx is larger
+    is_gram = bool((diagonal >= 0).all()) and bool((h.abs() <= 1.001 * limits).all())
+    if not h.isfinite().all() or not is_gram or bool(((h - h.T).abs() > 1e-3 * limits).any()):
+        raise RecipeError(
+            "GPTQ needs a Gram matrix Σ xᵀx: finite, symmetric, with no negative value on its diagonal and none larger than "
+            "the diagonal allows. The data or the statistics are damaged; gather them again."
+        )
+    size = config.group_size or len(h)
+    if len(h) % size:
+        raise RecipeError(
+            f"Rows of {len(h)} inputs do not divide into groups of {size}; give another group_size, or 0 for rows."
+        )
+    order = _order(diagonal, size, config.order)
+    dead = diagonal == 0
+    if dead.all():
+        return Factor(order, None, 0.0, ("no input was ever different from zero: rounded to nearest",))
+    mean = float(diagonal[~dead].mean())
+    h = (h + h.T) / 2
+    h.diagonal()[dead] = mean
+    h = h[order][:, order]
+    share = config.damping
+    notes: tuple[str, ...] = ()
+    while True:
+        damped = h.clone()
+        damped.diagonal().add_(share * mean)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        # a positive definite matrix whose factor overflows is as useless as one that is not
+        if not int(info) and bool(lower.isfinite().all()):
+            break
+        # ends at 10 · in at the latest: no eigenvalue is below minus the trace
+        share = max(10 * share, 1e-8)
+        notes = (f"not positive definite: damping {share:g} instead of {config.damping:g}",)
+    upper = torch.linalg.solve_triangular(
+        lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
+    )
+    return Factor(order, upper, share * mean, notes)
+
+
+def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None) -> Rounded:
+    """Weights on a grid, with errors made up for by later columns.
+
+    Args:
+        weight: (out, in); of float64 the columns are worked on in float64, else in float32.
+        gram: (in, in), Σ xᵀx of the layer's inputs, or its :func:`gptq_factor`. For a convolution with groups
+            (groups, in, in), one matrix for each run of out / groups rows.
+        config: bits, groups, order; the defaults if None.
+
+    Returns:
+        Codes, the weight they stand for, the loss and notes.
+
+    Raises:
+        RecipeError: shapes do not fit, values are not finite, or rows do not divide into groups.
+
+    Source: arXiv:2210.17323, algorithm 1.
+
+    >>> weight = torch.tensor([[0.4, 1.4, 3.0]])
+    >>> gram = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> gptq_codes(weight, gram, GPTQ(bits=2, group_size=0, order="none")).weight.tolist()  # 1.4 makes up for 0.4
+    [[0.0, 2.0, 3.0]]
+    """
+    config = config or GPTQ()
+    if isinstance(gram, Tensor) and gram.dim() == 3:
+        if not len(gram) or weight.dim() != 2 or len(weight) % len(gram):
+            raise RecipeError(f"{list(weight.shape)} has no rows for each of {len(gram)} Gram matrices.")
+        return _joined([gptq_codes(w, g, config) for w, g in zip(weight.chunk(len(gram)), gram)])
+    weight = weight.detach()
+    scale, zero = fit_grid(weight, config)  # which checks the weight
+    held = gptq_factor(gram, config) if isinstance(gram, Tensor) else gram
+    if len(held.order) != weight.shape[1]:
+        raise RecipeError(
+            f"GPTQ needs a Gram matrix of the layer's {weight.shape[1]} inputs, got one of {len(held.order)}."
+        )
+    if held.upper is None:
+        codes = quantize(weight, scale, zero, config)
+        return Rounded(codes, dequantize(codes), torch.zeros((), dtype=torch.float64), held.notes)
+    order = held.order.to(weight.device)
+    # columns lie as rows, (in, out): each is one piece of memory
+    w = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).T[order].contiguous()
+    upper = held.upper.to(w)
+    size = config.group_size or len(order)
+    groups = order // size  # of each column, in the new order
+    low, high = config.codes
+    made = torch.empty_like(w, dtype=torch.int16)
+    loss = torch.zeros((), dtype=torch.float64, device=w.device)
+    for start, stop in _blocks(len(order), config):
+        if config.groups == "dynamic" and start % size == 0:
+            group = int(groups[start])
+            fitted = fit_grid(w[start : start + size].T, replace(config, group_size=0))
+            scale[:, group], zero[:, group] = fitted[0][:, 0], fitted[1][:, 0]
+        s, z = (v.T[groups[start:stop]].to(w.dtype) for v in (scale, zero))  # (block, out)
+        errors = torch.empty_like(s)
+        for i, j in enumerate(range(start, stop)):
+            code = ((w[j] / s[i]).round() + z[i]).clamp(low, high)
+            made[j] = code.to(torch.int16)
+            errors[i] = (w[j] - (code - z[i]) * s[i]) / upper[j, j]
+            w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[i], alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        loss += errors.to(torch.float64).square().sum() / 2
+    codes = Codes(made[order.argsort()].T.contiguous(), scale, zero)
+    return Rounded(codes, dequantize(codes), loss, held.notes)
+
+
+def quantize_gptq(
+    model: Checkpoint | str | Path,
+    batches: Iterable[Any],
+    output: str | os.PathLike[str],
+    config: GPTQ | None = None,
+    **options: Any,
+) -> Path:
+    """Write a copy of a transformers model whose blocks' matrices lie on grids, in the model's own type.
+
+    Each block is quantised with the inputs that the quantised blocks before it give. The values are those of a quantised
+    model, rounded to the type of the files; the size is not. ``weft.json`` holds each layer's loss and notes, and the layers
+    that were rounded to nearest as no token of the data reached them; a warning names these too.
+
+    Args:
+        model, batches, output: see :func:`weft.calibrate.rewrite`; so are further options (``where``, ``force``, …).
+        config: the grid and the order; 4 bits in groups of 128, asymmetric, if None.
+
+    Returns:
+        The folder; it loads in transformers as the model did.
+    """
+    config = config or GPTQ()
+    layers: dict[str, Any] = {}
+    missed: list[str] = []
+    last: dict[str, Factor] = {}  # layers with equal inputs follow one another
+
+    def change(name: str, weight: Tensor, statistics: Statistics) -> Tensor:
+        made, rounded = _round(config, name, weight, statistics, last)
+        if rounded is None:
+            missed.append(name)
+        else:
+            notes = {"notes": list(rounded.notes)} if rounded.notes else {}
+            layers[name] = {"loss": float(rounded.loss), **notes}
+        return made
+
+    # written when the last layer is done, so with what `change` put in
+    recipe = {"method": "gptq", "parameters": asdict(config), "layers": layers, "rounded to nearest": missed}
+    return rewrite(model, batches, change, output, what="gram", recipe=recipe, **options)
+
+
+def _round(
+    config: GPTQ, name: str, weight: Tensor, statistics: Statistics, last: dict[str, Factor] | None
+) -> tuple[Tensor, Rounded | None]:
+    """A layer of a model; ``last``: the factor made last, by the first layer that has these inputs."""
+    if not statistics.rows(name):
+        warnings.warn(
+            f"{name}: no token of the calibration data reached it, so it is rounded to nearest. More data would help.",
+            stacklevel=3,
+        )
+        return dequantize(quantize(weight, *fit_grid(weight, config), config)), None
+    gram = statistics.gram(name)
+    if gram.dim() == 3 or last is None:
+        rounded = gptq_codes(weight, gram, config)
+        return rounded.weight, rounded
+    leader = statistics.shared(name)[0]
+    if leader not in last:
+        last.clear()
+        last[leader] = gptq_factor(gram, config)
+    rounded = gptq_codes(weight, last[leader], config)
+    return rounded.weight, rounded
+
+
+def _order(diagonal: Tensor, size: int, kind: str) -> Tensor:
+    """(in,) -> (in,) indices of columns."""
+    if kind == "none":
+        return torch.arange(len(diagonal), device=diagonal.device)
+    if kind == "static":
+        return diagonal.argsort(descending=True, stable=True)
+    groups = diagonal.unflatten(0, (-1, size))  # (groups, size)
+    within = groups.argsort(dim=1, descending=True, stable=True)
+    between = groups.amax(1).argsort(descending=True, stable=True)
+    return (between[:, None] * size + within[between]).flatten()
+
+
+def _blocks(columns: int, config: GPTQ) -> list[tuple[int, int]]:
+    """Where blocks of columns start and stop."""
+    starts = set(range(0, columns, config.block_size))
+    if config.groups == "dynamic":
+        starts |= set(range(0, columns, config.group_size or columns))
+    ordered = sorted(starts)
+    return list(zip(ordered, [*ordered[1:], columns]))
+
+
+def _joined(parts: list[Rounded]) -> Rounded:
+    codes = Codes(*(torch.cat([p.codes[i] for p in parts]) for i in range(3)))
+    notes = tuple(dict.fromkeys(n for p in parts for n in p.notes))
+    return Rounded(codes, torch.cat([p.weight for p in parts]), torch.stack([p.loss for p in parts]).sum(), notes)
+
+
+def _codes(weight: Tensor, config: GPTQ, gram: Tensor) -> Codes:
+    return gptq_codes(weight, gram, config).codes
+
+
+METHODS = (
+    QuantizeMethod(
+        name="gptq",
+        family="quantize",
+        config=GPTQ,
+        summary="Round column by column, later columns making up for the errors of earlier ones on calibration data.",
+        goal="shrink",
+        origin="Frantar et al. 2023, arXiv:2210.17323",
+        needs="calibration",
+        checked_by=("brute force", "closed form"),
+        writes=quantize_gptq,
+        quantize=_codes,
+        dequantize=dequantize,
+        codes=lambda config: config.codes,
+        error=0.1,
+        finer={"bits": (2, 3, 4, 8)},
+        refits="grids are fitted anew, and the lowest or the highest code may be unused",
+    ),
+)
