@@ -15,6 +15,7 @@ from weft.adapt.attach import adapt_
 from weft.adapt.folder import load_adapter_, save_adapter
 from weft.adapt.switch import adapters, merge_, remove_, switch_, switched, train_only_, unmerge_
 from weft.contract.models import Net, batches, configuration, fill, shake, stack_of
+from weft.contract.outcome import adder
 from weft.errors import CheckpointError, OutputError, RecipeError
 from weft.function.adapter import Adapter
 from weft.function.attach import functions
@@ -25,12 +26,7 @@ CHECKS: dict[str, Callable[[FunctionMethod], None]] = {}
 EXACT = 1e-12  # sums of at most 100 products of numbers near 1 in float64, in another order
 
 
-def _check(name: str) -> Callable[[Callable[[FunctionMethod], None]], Callable[[FunctionMethod], None]]:
-    def add(function: Callable[[FunctionMethod], None]) -> Callable[[FunctionMethod], None]:
-        CHECKS[name] = function
-        return function
-
-    return add
+_check = adder(CHECKS)
 
 
 def _adapted(method: FunctionMethod, *names: str, dtype: torch.dtype = torch.float64) -> Net:

@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -34,8 +33,9 @@ from weft.contract.models import (
     shake,
     stack_of,
 )
+from weft.contract.outcome import adder, outcome
 from weft.contract.pair import HOW, train, train_in_pair
-from weft.errors import CheckpointError, RecipeError, WeftError
+from weft.errors import CheckpointError, RecipeError
 from weft.function.attach import bake_, functions, parametrize_
 from weft.function.classes import Carrier
 from weft.function.export import plain_state_dict, save
@@ -67,36 +67,15 @@ def run(method: FunctionMethod) -> list[dict[str, Any]]:
     Returns:
         For each check its name, "passed", "failed" or "expected", and the reason for the latter two.
     """
-    results = []
     checks = CHECKS | adapters.CHECKS if method.adapter else CHECKS
-    for name, check in checks.items():
-        reason = EXPECTED.get(name, {}).get(method.name, "") or (method.approximate if name == "gradients" else "")
-        if reason:
-            results.append({"check": name, "outcome": "expected", "reason": reason})
-            continue
-        try:
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                # torch 2.13 warns about itself when it traces an autograd function
-                warnings.filterwarnings("ignore", message=".*should not be instantiated.*", category=DeprecationWarning)
-                torch.manual_seed(0)
-                check(method)
-        except (AssertionError, WeftError) as error:
-            results.append({"check": name, "outcome": "failed", "reason": str(error) or type(error).__name__})
-        except Exception as error:  # a function that crashes has failed; the battery goes on
-            results.append({"check": name, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"})
-        else:
-            ways, reason = EXPECTED_WAYS.get(method.name, ((), "")) if name == "distributed training" else ((), "")
-            reason = f"{', '.join(ways)}: {reason}" if ways else ""
-            results.append({"check": name, "outcome": "expected" if ways else "passed", "reason": reason})
-    return results
+    return [outcome(name, check, method, _expected(name, method)) for name, check in checks.items()]
 
 
-def _check(name: str) -> Callable[[Callable[[FunctionMethod], None]], Callable[[FunctionMethod], None]]:
-    def add(function: Callable[[FunctionMethod], None]) -> Callable[[FunctionMethod], None]:
-        CHECKS[name] = function
-        return function
+def _expected(name: str, method: FunctionMethod) -> str:
+    return EXPECTED.get(name, {}).get(method.name, "") or (method.approximate if name == "gradients" else "")
 
-    return add
+
+_check = adder(CHECKS)
 
 
 def _net(method: FunctionMethod, dtype: torch.dtype = torch.float64) -> Net:

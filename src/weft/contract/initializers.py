@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.contract.models import Other, Scaled
-from weft.errors import RecipeError, WeftError
+from weft.contract.outcome import adder, outcome
+from weft.errors import RecipeError
 from weft.function.attach import parametrize_
 from weft.function.initializer import InitMethod
 from weft.method import describe
@@ -26,27 +27,10 @@ def run(method: InitMethod) -> list[dict[str, Any]]:
     Returns:
         For each check its name, "passed" or "failed", and the reason for the latter.
     """
-    results = []
-    for name, check in CHECKS.items():
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                check(method)
-        except (AssertionError, WeftError) as error:
-            results.append({"check": name, "outcome": "failed", "reason": str(error) or type(error).__name__})
-        except Exception as error:  # an initialiser that crashes has failed; the battery goes on
-            results.append({"check": name, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"})
-        else:
-            results.append({"check": name, "outcome": "passed", "reason": ""})
-    return results
+    return [outcome(name, check, method) for name, check in CHECKS.items()]
 
 
-def _check(name: str) -> Callable[[Callable[[InitMethod], None]], Callable[[InitMethod], None]]:
-    def add(function: Callable[[InitMethod], None]) -> Callable[[InitMethod], None]:
-        CHECKS[name] = function
-        return function
-
-    return add
+_check = adder(CHECKS)
 
 
 def _fill(method: InitMethod, model: nn.Module, seed: int | None = 1) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.contract.outcome import adder, outcome
 from weft.errors import RecipeError, WeftError
 from weft.function.layer import GAINS_AND_SHIFTS, WHITE_NOISE, LayerMethod
 
@@ -28,30 +29,11 @@ def run(method: LayerMethod) -> list[dict[str, Any]]:
     Returns:
         For each check its name, "passed", "failed" or "expected", and the reason for the latter two.
     """
-    results = []
-    for name, check in CHECKS.items():
-        if name == "exact gradient in training" and method.approximate:
-            results.append({"check": name, "outcome": "expected", "reason": method.approximate})
-            continue
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                check(method)
-        except (AssertionError, WeftError) as error:
-            results.append({"check": name, "outcome": "failed", "reason": str(error) or type(error).__name__})
-        except Exception as error:  # a layer that crashes has failed; the battery goes on
-            results.append({"check": name, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"})
-        else:
-            results.append({"check": name, "outcome": "passed", "reason": ""})
-    return results
+    why = {"exact gradient in training": method.approximate}
+    return [outcome(name, check, method, why.get(name, "")) for name, check in CHECKS.items()]
 
 
-def _check(name: str) -> Callable[[Callable[[LayerMethod], None]], Callable[[LayerMethod], None]]:
-    def add(function: Callable[[LayerMethod], None]) -> Callable[[LayerMethod], None]:
-        CHECKS[name] = function
-        return function
-
-    return add
+_check = adder(CHECKS)
 
 
 def _layer(method: LayerMethod, *, trained: bool = False) -> nn.Module:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.errors import RecipeError, WeftError
+from weft.contract.outcome import adder, outcome
+from weft.errors import RecipeError
 from weft.function.optimizer import OptimizerMethod
 
 RATE = 0.05
@@ -28,27 +29,10 @@ def run(method: OptimizerMethod) -> list[dict[str, Any]]:
     Returns:
         For each check its name, "passed" or "failed", and the reason for the latter.
     """
-    results = []
-    for name, check in CHECKS.items():
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                check(method)
-        except (AssertionError, WeftError) as error:
-            results.append({"check": name, "outcome": "failed", "reason": str(error) or type(error).__name__})
-        except Exception as error:  # an optimizer that crashes has failed; the battery goes on
-            results.append({"check": name, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"})
-        else:
-            results.append({"check": name, "outcome": "passed", "reason": ""})
-    return results
+    return [outcome(name, check, method) for name, check in CHECKS.items()]
 
 
-def _check(name: str) -> Callable[[Callable[[OptimizerMethod], None]], Callable[[OptimizerMethod], None]]:
-    def add(function: Callable[[OptimizerMethod], None]) -> Callable[[OptimizerMethod], None]:
-        CHECKS[name] = function
-        return function
-
-    return add
+_check = adder(CHECKS)
 
 
 def _model(dtype: torch.dtype = torch.float32) -> nn.Sequential:

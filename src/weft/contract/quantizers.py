@@ -13,7 +13,8 @@ from torch import Tensor
 
 from weft.calibrate import Statistics
 from weft.calibrate.facts import Facts
-from weft.errors import RecipeError, WeftError
+from weft.contract.outcome import adder, outcome
+from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 
 ROWS, COLUMNS, GROUP = 12, 32, 8
@@ -26,30 +27,11 @@ def run(method: QuantizeMethod) -> list[dict[str, Any]]:
     Returns:
         For each check its name, "passed", "failed" or "expected", and the reason for the latter two.
     """
-    results = []
-    for name, check in CHECKS.items():
-        if name == "a quantised weight stays" and method.refits:
-            results.append({"check": name, "outcome": "expected", "reason": method.refits})
-            continue
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                check(method)
-        except (AssertionError, WeftError) as error:
-            results.append({"check": name, "outcome": "failed", "reason": str(error) or type(error).__name__})
-        except Exception as error:  # a quantiser that crashes has failed; the battery goes on
-            results.append({"check": name, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"})
-        else:
-            results.append({"check": name, "outcome": "passed", "reason": ""})
-    return results
+    why = {"a quantised weight stays": method.refits}
+    return [outcome(name, check, method, why.get(name, "")) for name, check in CHECKS.items()]
 
 
-def _check(name: str) -> Callable[[Callable[[QuantizeMethod], None]], Callable[[QuantizeMethod], None]]:
-    def add(function: Callable[[QuantizeMethod], None]) -> Callable[[QuantizeMethod], None]:
-        CHECKS[name] = function
-        return function
-
-    return add
+_check = adder(CHECKS)
 
 
 def _config(method: QuantizeMethod, **values: Any) -> Any:
