@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.engine.progress import Progress
 from weft.errors import CheckpointError, MissingDependencyError, RecipeError, did_you_mean
 
 SELF = "self"
@@ -102,13 +103,16 @@ def read_batches(
 
 
 @torch.no_grad()
-def own_batches(model: nn.Module, tokenizer: Any = None, options: DataOptions | None = None) -> list[dict[str, Tensor]]:
+def own_batches(
+    model: nn.Module, tokenizer: Any = None, options: DataOptions | None = None, progress: Progress | None = None
+) -> list[dict[str, Tensor]]:
     """Batches that a causal model writes itself: drawn token by token from what it predicts.
 
     Args:
         model: a causal model of transformers, with weights.
         tokenizer: for the start token; that of the model's configuration if None.
         options: how many rows of which length.
+        progress: told of each batch.
 
     Raises:
         RecipeError: the model does not generate.
@@ -124,6 +128,8 @@ def own_batches(model: nn.Module, tokenizer: Any = None, options: DataOptions | 
         0,
     )  # fmt: skip
     start = start[0] if isinstance(start, list) else start
+    progress = progress or Progress()
+    progress.start("writing samples", options.samples, options.samples, "samples")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         rows: list[tuple[list[int], list[int]]] = []
@@ -133,8 +139,11 @@ def own_batches(model: nn.Module, tokenizer: Any = None, options: DataOptions | 
             written = writer.generate(
                 first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                 min_new_tokens=options.length - 1, max_new_tokens=options.length - 1, pad_token_id=start,
+                use_cache=True,
             )  # fmt: skip
             rows += [(ids, ids) for ids in written.tolist()]
+            for number in range(len(rows) - count, len(rows)):
+                progress.advance(f"sample {number + 1}", 1)
     return list(_batches(rows, options.batch_size, start))
 
 

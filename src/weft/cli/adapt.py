@@ -85,6 +85,7 @@ def adapt_command(
     *,
     data: str,
     name: str,
+    samples: int,
     batch: int,
     length: int,
     force: bool,
@@ -101,7 +102,7 @@ def adapt_command(
     """
     from weft.adapt.attach import adapt_
     from weft.adapt.folder import save_adapter
-    from weft.calibrate.data import DataOptions, own_batches, read_batches
+    from weft.calibrate.data import SELF, DataOptions, own_batches, read_batches
     from weft.calibrate.source import FromCheckpoint
     from weft.checkpoint.open import open_checkpoint
 
@@ -114,8 +115,11 @@ def adapt_command(
             _load(source, progress)
         if data:
             folder = checkpoint.folder or Path(model)
-            options = DataOptions(length=length, batch_size=batch)
-            batches = own_batches(net, options=options) if data == "self" else read_batches(data, folder, options)
+            options = DataOptions(samples=samples, length=length, batch_size=batch)
+            if data == SELF:
+                batches = own_batches(net, options=options, progress=progress)
+            else:
+                batches = read_batches(data, folder, options)
         report = adapt_(
             net, configurations, where="*", name=name, ignore=plan.ignore, modules_to_save=plan.modules_to_save,
             token_rows=plan.token_rows, data=None if batches is None else _counted(batches, progress),

@@ -382,6 +382,7 @@ def adapt(
     data: Annotated[
         str, typer.Option("--data", help="Samples (.jsonl, .txt or self), for methods that start from data.")
     ] = "",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Rows of the data, at most.")] = 128,
     name: Annotated[str, typer.Option("--name", help="Of the adapter.")] = "default",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of the forecast, and of the data.")] = 8,
     length: Annotated[int, typer.Option("--length", min=1, help="Tokens a row, likewise.")] = 512,
@@ -412,8 +413,8 @@ def adapt(
         plan.token_rows = _token_rows(token_rows) if token_rows else []
     with _progress(default_progress(quiet)) as progress:
         facts = adapt_command(
-            names[0], plan, output or None, data=data, name=name, batch=batch_size, length=length, force=force,
-            progress=progress,
+            names[0], plan, output or None, data=data, name=name, samples=samples, batch=batch_size, length=length,
+            force=force, progress=progress,
         )  # fmt: skip
     print(json.dumps(facts, indent=1) if as_json else adapt_text(facts))
 

@@ -49,7 +49,7 @@ def calibrate_command(
     with closing(open_checkpoint(model)) as checkpoint:
         if dry_run:
             return _dry_run(checkpoint, data, kinds, options, where or "*", dtype, memory, as_json)
-        batches = _batches(checkpoint, data, options, kinds)
+        batches = _batches(checkpoint, data, options, kinds, progress)
         found = collect(
             checkpoint, batches, kinds, where=where or "*", memory=memory, dtype=dtype, seed=options.seed, output=output,
             force=force, progress=progress,
@@ -75,7 +75,11 @@ def _dry_run(
     checkpoint: Checkpoint, data: str, kinds: list[str], options: DataOptions, where: Any, dtype: str, memory: int, as_json: bool
 ) -> str:  # fmt: skip
     plan = plan_collection(checkpoint, kinds, where=where, dtype=dtype, memory=memory)
-    tokens = options.samples * options.length if data == SELF else _tokens(_batches(checkpoint, data, options, kinds))
+    tokens = (
+        options.samples * options.length
+        if data == SELF
+        else _tokens(_batches(checkpoint, data, options, kinds, Progress()))
+    )
     facts = {**asdict(plan), "tokens": tokens}
     if as_json:
         return json.dumps(facts, indent=1)
@@ -90,7 +94,9 @@ def _dry_run(
     return "\n".join(lines)
 
 
-def _batches(checkpoint: Checkpoint, data: str, options: DataOptions, kinds: list[str]) -> list[dict[str, Tensor]]:
+def _batches(
+    checkpoint: Checkpoint, data: str, options: DataOptions, kinds: list[str], progress: Progress
+) -> list[dict[str, Tensor]]:
     """Batches as the model takes them."""
     problem: CheckpointError | None = None
     tokenizer = None
@@ -100,7 +106,7 @@ def _batches(checkpoint: Checkpoint, data: str, options: DataOptions, kinds: lis
         problem = error  # not needed for token ids
     if data == SELF:
         with whole_model(checkpoint) as whole:
-            batches = own_batches(whole, tokenizer, options)
+            batches = own_batches(whole, tokenizer, options, progress)
     else:
         try:
             batches = read_batches(data, tokenizer, options)
