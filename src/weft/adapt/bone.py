@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.errors import RecipeError
-from weft.function.adapter import Adapter, PeftForm
-from weft.function.protocol import FunctionMethod, Gather, WeightFunction, as_matrix, wide
+from weft.function.adapter import Adapter, PeftForm, add_product
+from weft.function.protocol import FunctionMethod, Gather, Inner, WeightFunction, as_matrix, wide
 from weft.method import parameter
 
 FORMS = ("shards", "block_affine")
@@ -200,13 +200,27 @@ class _Shards(Adapter):
     def change(self, stored: Tensor) -> Tensor:
         return share_shards(self.D, self.out, self.inputs).reshape(stored.shape)
 
+    def product(self, x: Tensor, inner: Inner) -> Tensor:
+        if not self.enabled:
+            return inner(x)
+        return add_product(inner(x), self._summed(x), self._shards(), self.scale * self.strength)
+
     def changed(self, x: Tensor) -> Tensor:
+        return functional.linear(self._summed(x), self._shards())
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """Column blocks of the input, summed: (…, in) -> (…, rank)."""
         rank = self.D.shape[-1]
         x = x.to(self.D.dtype)
         if self.dropout:
             x = functional.dropout(x, self.dropout, self.training)
-        x = functional.pad(x, (0, -self.inputs % rank)).unflatten(-1, (-1, rank)).sum(-2)
-        return functional.linear(x, share_shards(self.D, self.out, rank))
+        if self.inputs % rank:  # a pad of nothing would copy
+            x = functional.pad(x, (0, -self.inputs % rank))
+        return x.unflatten(-1, (-1, rank)).sum(-2)
+
+    def _shards(self) -> Tensor:
+        """(out, rank), of which a mini one repeats."""
+        return self.D if self.D.shape[-2] == self.out else share_shards(self.D, self.out, self.D.shape[-1])
 
     def change_rows(self, gather: Gather) -> Tensor:
         return _across(gather(share_shards(self.D, self.out, self.D.shape[-1])), self.inputs)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.errors import RecipeError
-from weft.function.adapter import Adapter, PeftForm, scaled_sum
+from weft.function.adapter import Adapter, PeftForm, add_product
 from weft.function.protocol import FunctionMethod, Gather, Inner, WeightFunction, as_matrix, wide
 from weft.method import parameter
 
@@ -124,14 +124,9 @@ class _LoRA(Adapter):
         return change.reshape(stored.shape)
 
     def product(self, x: Tensor, inner: Inner) -> Tensor:
-        if self.has_start or not self.enabled or x.dim() < 2:
+        if self.has_start or not self.enabled:
             return super().product(x, inner)
-        y, thin = inner(x), self._thin(x)
-        if y.dtype != thin.dtype:
-            return scaled_sum(y, functional.linear(thin, self.B), self.scale * self.strength).to(y.dtype)
-        # product, scale and sum in one pass over y, and no second y for the backward pass
-        rows = torch.addmm(y.flatten(0, -2), thin.flatten(0, -2), self.B.mT, alpha=self.scale * self.strength)
-        return rows.view(y.shape)
+        return add_product(inner(x), self._thin(x), self.B, self.scale * self.strength)
 
     def changed(self, x: Tensor) -> Tensor:
         y = functional.linear(self._thin(x), self.B)

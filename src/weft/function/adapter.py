@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from weft.function.protocol import Gather, Inner, Looked, WeightFunction
 
@@ -109,3 +110,18 @@ def scaled_sum(value: Tensor, change: Tensor, scale: float) -> Tensor:
     if torch.compiler.is_compiling():
         return value + scale * change
     return torch.add(value, change, alpha=scale)
+
+
+def add_product(value: Tensor, thin: Tensor, factor: Tensor, scale: float) -> Tensor:
+    """value (…, out) + scale · thin (…, rank) · factorᵀ, factor (out, rank).
+
+    Product, scale and sum in one pass over ``value``, and without a second tensor of its size for the backward pass,
+    where all have one dtype.
+
+    >>> add_product(torch.ones(1, 2), torch.ones(1, 1), torch.tensor([[1.0], [3.0]]), 0.5)
+    tensor([[1.5000, 2.5000]])
+    """
+    if value.dtype != thin.dtype or value.dim() < 2:
+        return scaled_sum(value, functional.linear(thin, factor), scale).to(value.dtype)
+    rows = torch.addmm(value.flatten(0, -2), thin.flatten(0, -2), factor.mT, alpha=scale)
+    return rows.view(value.shape)
