@@ -7,7 +7,6 @@ import inspect
 import io
 import json
 import pickle
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -188,13 +187,6 @@ def _gradcheck(method: LayerMethod, *, training: bool) -> None:
 
 @_check("compiles whole")
 def _compile(method: LayerMethod) -> None:
-    with warnings.catch_warnings():
-        # torch 2.13 warns about itself when it traces an autograd function
-        warnings.filterwarnings("ignore", message=".*should not be instantiated.*", category=DeprecationWarning)
-        _compare_compiled(method)
-
-
-def _compare_compiled(method: LayerMethod) -> None:
     for training in (True, False):
         plain = _layer(method, trained=True).train(training)
         other = copy.deepcopy(plain)
