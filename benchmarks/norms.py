@@ -17,6 +17,7 @@ import platform
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,14 @@ def calls(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Callable[[],
     outputs = {name: m.eval()(**inputs).logits for name, m in made.items()}
     for name, output in outputs.items():
         torch.testing.assert_close(output, outputs["layer_norm"], rtol=1e-4, atol=1e-4, msg=name)
-    return {name: (lambda m=m: m(**inputs)) for name, m in made.items()}  # type: ignore[misc]
+    return {name: partial(m, **inputs) for name, m in made.items()}
 
 
 def layers(width: int, tokens: int) -> dict[str, Callable[[], Any]]:
     """The norms alone."""
     x, narrow = torch.randn(1, tokens, width), torch.randn(1, tokens, width - 1)
     norms = {"layer_norm": nn.LayerNorm(width), "rms_norm": RMSNorm(width)}
-    made: dict[str, Callable[[], Any]] = {name: (lambda m=m: m(x)) for name, m in norms.items()}  # type: ignore[misc]
+    made: dict[str, Callable[[], Any]] = {name: partial(m, x) for name, m in norms.items()}
     crms = CRMSNorm(width - 1, affine=False)
     return {**made, "crms_norm": lambda: crms(narrow)}
 

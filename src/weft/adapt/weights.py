@@ -156,10 +156,6 @@ class _Restore:
     def __init__(self, stored: Mapping[str, Stored], level: int, built: dict[tuple[str, int], WeightFunction]):
         self.stored, self.level, self.built = stored, level, built
 
-    def build(self, weight: Tensor, *, batched: bool) -> WeightFunction:
-        """See FunctionConfig."""
-        raise NotImplementedError  # plan says what builds each
-
     def plan(
         self, model: nn.Module, weights: Mapping[str, Tensor], data: Iterable[Any] | None
     ) -> Mapping[str, FunctionConfig]:

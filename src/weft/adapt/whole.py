@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.function.adapter import Adapter
-from weft.function.protocol import FunctionMethod, Gather, Inner, Looked, WeightFunction, wide
+from weft.function.protocol import FunctionMethod, Gather, Looked, WeightFunction, wide
 from weft.method import parameter
 
 
@@ -67,9 +67,6 @@ class _Whole(Adapter):
             return y
         rows = gather(self.value)
         return (rows if self.strength == 1 else self._between(y, rows)).to(y.dtype)
-
-    def product(self, x: Tensor, inner: Inner) -> Tensor:
-        raise NotImplementedError  # has_product is False: multiplying by θ is all there is
 
     def _between(self, stored: Tensor, value: Tensor) -> Tensor:
         return torch.lerp(stored.to(value.dtype), value, self.strength)

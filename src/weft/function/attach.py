@@ -416,7 +416,7 @@ def _checked(config: Any) -> Any:
     """A configuration with its values checked; None stays."""
     if config is None:
         return None
-    if isinstance(config, type) or not hasattr(config, "build"):
+    if isinstance(config, type) or not (hasattr(config, "build") or hasattr(config, "plan")):
         raise RecipeError(
             f"A function's configuration is needed, such as weft.adapt.LoRA(rank=8), got {config!r}; "
             "`weft methods` lists them."

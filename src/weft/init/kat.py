@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,7 @@ def gr_kan_variance_preserving_(module: GRKAN, generator: Generator | None = Non
     layers = [(module.act1, module.fc1), (module.act2, module.fc2)]
     plain = [[plain_parameter(linear, n) for n in ("weight", "bias")] for _, linear in layers]  # before any is filled
     for (function, _), (weight, bias) in zip(layers, plain):
-        gain = activation_gain(lambda z, f=function: _root_mean_square(f, z))  # type: ignore[misc]
+        gain = activation_gain(partial(_root_mean_square, function))
         weight.normal_(0, gain / math.sqrt(weight.shape[1]), generator=generator)
         bias.zero_()
     return module

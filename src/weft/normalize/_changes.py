@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Changes:
         for parent in list(self.model.modules()):
             for name, child in list(parent._modules.items()):
                 if child is old:
-                    self.undo.append(lambda p=parent, n=name: p._modules.__setitem__(n, old))  # type: ignore[misc]
+                    self.undo.append(partial(parent._modules.__setitem__, name, old))
                     parent._modules[name] = new
         if isinstance(old, nn.LayerNorm):
             for layer in self.model.modules():  # its fast path calls layer_norm with the norms' parameters
