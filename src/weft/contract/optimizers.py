@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.contract.outcome import adder, outcome
-from weft.errors import RecipeError
+from weft.contract.outcome import adder, answers_typos, outcome
 from weft.function.optimizer import OptimizerMethod
 
 RATE = 0.05
@@ -397,13 +396,7 @@ def _configuration(method: OptimizerMethod) -> None:
     for name, value in inspect.signature(method.optimizer).parameters.items():
         if name in defaults:
             assert defaults[name] == value.default, f"{name}: {defaults[name]} here, {value.default} in the optimizer"
-    for key in method.parameters:
-        try:
-            method.configure({key + "x": 1})
-        except RecipeError as error:
-            assert key in str(error), f"the message does not name {key}: {error}"
-        else:
-            raise AssertionError(f"the unknown parameter {key}x was accepted")
+    answers_typos(method)
 
 
 @_check("documented")

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from weft.errors import WeftError
+from weft.errors import RecipeError, WeftError
+from weft.method import Method
 
 Row = TypeVar("Row")
 
@@ -62,3 +63,14 @@ def adder(checks: dict[str, Any]) -> Callable[[str], Callable[[Callable[[Any], N
         return add
 
     return named
+
+
+def answers_typos(method: Method) -> None:
+    """Assert that a parameter's name with a letter too many is refused, with the right name in the message."""
+    for key in method.parameters:
+        try:
+            method.configure({key + "x": 1})
+        except RecipeError as error:
+            assert key in str(error), f"the message does not name {key}: {error}"
+        else:
+            raise AssertionError(f"the unknown parameter {key}x was accepted")
