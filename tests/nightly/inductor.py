@@ -16,6 +16,7 @@ from weft.registry import methods
 
 pytestmark = [  # what inductor and dynamo import and do of what torch itself deprecates
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.*instantiated:DeprecationWarning"),
 ]
 FUNCTIONS = {name: row for name, row in methods().items() if isinstance(row, FunctionMethod)}
