@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "weft"
 FLOORS = [
     {"errors", "method"},
-    {"papers", "checkpoint", "kernels", "function"},
+    {"papers", "checkpoint", "kernels", "function", "packed"},
     {"symmetry", "calibrate", "engine"},
     {
         "init", "normalize", "adapt", "merge", "quantize", "prune", "share", "grow", "edit",

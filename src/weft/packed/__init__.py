@@ -1,0 +1,34 @@
+"""Weights in few bits: the forms that they take, how files hold them, and layers that multiply by them.
+
+Start at :mod:`weft.packed.form`, what a packed weight is; :mod:`weft.packed.forms` has the forms.
+"""
+
+from weft.packed.bits import pack_bits, unpack_bits
+from weft.packed.form import Packed, unpack
+from weft.packed.forms import (
+    Activations,
+    Affine,
+    Binary,
+    Lookup,
+    LowRank,
+    Minifloat,
+    Transposed,
+    Vectors,
+    quantize_inputs,
+)
+
+__all__ = [
+    "Activations",
+    "Affine",
+    "Binary",
+    "Lookup",
+    "LowRank",
+    "Minifloat",
+    "Packed",
+    "Transposed",
+    "Vectors",
+    "pack_bits",
+    "quantize_inputs",
+    "unpack",
+    "unpack_bits",
+]

@@ -1,0 +1,100 @@
+"""Integers of few bits, side by side in words of 32 bits.
+
+A row of n codes of b bits is a stream of n · b bits, filled up to whole words: code j takes the bits j · b to
+(j + 1) · b − 1, the lowest first, and may lie across two words. It is the order of compressed-tensors' ``pack-quantized``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weft.errors import CheckpointError, RecipeError
+
+WORD = 32
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes in as few words as hold them.
+
+    Args:
+        codes: (rows, n) integers from 0 to 2ᵇⁱᵗˢ − 1.
+        bits: of a code, 1 to 16.
+
+    Returns:
+        (rows, ⌈n · bits / 32⌉) int32.
+
+    Raises:
+        RecipeError: a code does not fit, or there are no such bits.
+
+    >>> [f"{word & 0xFFFFFFFF:08x}" for word in pack_bits(torch.tensor([[1, 2, 3, 15, 0, 0, 0, 8]]), 4)[0].tolist()]
+    ['8000f321']
+    """
+    _check_bits(bits)
+    if codes.dim() != 2 or codes.is_floating_point():
+        raise RecipeError(f"Codes are whole numbers (rows, n), got {list(codes.shape)} {codes.dtype}.")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 1 << bits:
+        raise RecipeError(
+            f"Codes of {bits} bits are from 0 to {(1 << bits) - 1}, got {int(codes.min())} to {int(codes.max())}."
+        )
+    period, words = _period(bits)
+    wide = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.shape[1] % period)).unflatten(1, (-1, period))
+    made = wide.new_zeros((*wide.shape[:2], words))
+    for place in range(period):
+        word, shift = divmod(place * bits, WORD)
+        made[..., word] |= wide[..., place] << shift & 0xFFFFFFFF
+        if shift + bits > WORD:
+            made[..., word + 1] |= wide[..., place] >> (WORD - shift)
+    made = torch.where(made >= 1 << 31, made - (1 << 32), made).to(torch.int32).flatten(1)
+    return made[:, : -(-codes.shape[1] * bits // WORD)].contiguous()
+
+
+def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
+    """What :func:`pack_bits` packed.
+
+    Args:
+        words: (rows, ⌈count · bits / 32⌉) int32.
+        bits: of a code.
+        count: codes in a row.
+
+    Returns:
+        (rows, count): uint8 up to 8 bits, else int32.
+
+    Raises:
+        CheckpointError: there are more or fewer words.
+
+    >>> unpack_bits(pack_bits(torch.tensor([[5, 0, 7]]), 3), 3, 3).tolist()
+    [[5, 0, 7]]
+    """
+    _check_bits(bits)
+    expected = -(-count * bits // WORD)
+    if words.dim() != 2 or words.dtype != torch.int32 or words.shape[1] != expected:
+        raise CheckpointError(
+            f"{count} codes of {bits} bits are {expected} words of int32 a row, got {list(words.shape)} {words.dtype}."
+        )
+    period, size = _period(bits)
+    dtype = torch.uint8 if bits <= 8 else torch.int32
+    mask = (1 << bits) - 1
+    wide = torch.nn.functional.pad(words, (0, -words.shape[1] % size)).unflatten(1, (-1, size))
+    made = torch.empty((*wide.shape[:2], period), dtype=dtype, device=words.device)
+    for place in range(period):
+        word, shift = divmod(place * bits, WORD)
+        # of int32, shifting right repeats the sign: what lies above the code is masked away
+        low = wide[..., word] >> shift
+        if shift + bits > WORD:
+            low = (low & ((1 << (WORD - shift)) - 1)) | (wide[..., word + 1] << (WORD - shift))
+        made[..., place] = (low & mask).to(dtype)
+    return made.flatten(1)[:, :count].contiguous()
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """After how many codes, and words, a code begins with a word again."""
+    for period in (1, 2, 4, 8, 16, 32):
+        if period * bits % WORD == 0:
+            return period, period * bits // WORD
+    raise AssertionError(bits)
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 16:
+        raise RecipeError(f"Codes have 1 to 16 bits, got {bits}.")
