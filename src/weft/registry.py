@@ -143,6 +143,11 @@ def _how_to_run(row: Method) -> dict[str, str]:
                 "call": f"weft.adapt_(model, {built})",
                 "shell": f"weft adapt MODEL --method {row.name}{flags} -o OUT",
             }
+        if row.family == "quantize":
+            return {
+                "call": f"weft.quantize_(model, {built})",
+                "shell": f"weft quantize MODEL --method {row.name} -o OUT",
+            }
         if hasattr(row, "writes"):
             needed = [
                 n

@@ -8,6 +8,7 @@ Start with :func:`weft.calibrate.collect`, which gathers statistics and can writ
 from weft.calibrate.collect import collect
 from weft.calibrate.rewrite import rewrite
 from weft.calibrate.statistics import Statistics
+from weft.calibrate.task import BlockTask, Change
 from weft.calibrate.walker import Block, Walk
 
-__all__ = ["Block", "Statistics", "Walk", "collect", "rewrite"]
+__all__ = ["Block", "BlockTask", "Change", "Statistics", "Walk", "collect", "rewrite"]

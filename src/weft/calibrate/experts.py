@@ -26,6 +26,9 @@ class Slice(nn.Linear):
     """One expert's matrix (out, in), a view of the fused parameter; a transposed one is turned.
 
     Attributes:
+        experts: the module that holds the fused parameter.
+        part: the parameter's name.
+        index: which expert's matrix it is.
         rows: while it runs, which tokens of the block its input rows are.
     """
 
@@ -33,6 +36,8 @@ class Slice(nn.Linear):
 
     def __init__(self, experts: Any, name: str, index: int):
         nn.Module.__init__(self)
+        self.part, self.index = name, index
+        self.__dict__["experts"] = experts  # no child: its weights are these
         fused = getattr(experts, name).detach()[index]
         self.weight = nn.Parameter(fused.mT if experts.is_transposed else fused, requires_grad=False)
         bias = getattr(experts, f"{name}_bias", None)

@@ -8,16 +8,18 @@
 A block is loaded, its statistics are gathered from the activations that the changed blocks before it give, its layers are
 changed, it is written, it runs over the data with its new weights, and it is dropped. What no change touches comes out as
 the same bytes. Peak memory: that of :func:`weft.calibrate.collect`, and one matrix in float32.
+
+A run that is killed is begun again with the same call: it goes on behind the last finished block, and ends in the same bytes.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import weft
@@ -26,48 +28,60 @@ from weft.calibrate.collectors import KINDS
 from weft.calibrate.experts import unfused
 from weft.calibrate.facts import Facts
 from weft.calibrate.forward import digest_of
-from weft.calibrate.source import FromCheckpoint
+from weft.calibrate.parts import Part, Parts
+from weft.calibrate.source import FromCheckpoint, InMemory
 from weft.calibrate.statistics import Statistics
+from weft.calibrate.task import BlockTask, Change, as_changes
 from weft.calibrate.walker import Block, Walk
 from weft.calibrate.watch import check_what
 from weft.calibrate.watch_block import block_layers, results_of, watched
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.open import open_checkpoint
-from weft.engine.checkpoint_writer import SHARD_BYTES, CheckpointWriter
+from weft.engine.checkpoint_writer import SHARD_BYTES, CheckpointWriter, check_target
+from weft.engine.journal import WorkFolder
 from weft.engine.progress import Progress
-from weft.errors import CheckpointError, NonFiniteError, RecipeError
-from weft.function.layout import layout_of
-from weft.function.where import Selector, nearest_names
+from weft.errors import CheckpointError, RecipeError
+from weft.function.where import Selector, most_specific, nearest_names
 
-Change = Callable[[str, Tensor, Statistics], Tensor | None]
+Writer = Callable[[Block, list[BlockTask], dict[str, Tensor]], Part]
 
 
 def rewrite(
     model: Checkpoint | str | Path,
     batches: Iterable[Any] | None,
-    change: Change,
+    change: Any,
     output: str | os.PathLike[str],
     *,
     what: str | Iterable[str] = (),
     where: Selector = "*",
+    statistics: Statistics | str | os.PathLike[str] | None = None,
     recipe: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    skip_errors: bool = False,
     memory: int = 1 << 30,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     check: bool = True,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a changed copy of a transformers model.
+    """Write a changed copy of a transformers model, in its own types.
 
     Args:
         model: a folder, Hub id or open checkpoint.
         batches: calibration data; None for a change that needs none.
         change: given a layer's full name, its matrix (out, in) in float32 and the statistics of its block, returns the new
-            matrix, or None to leave it. Fused experts come one by one; kernels of convolutions as (out, in · size).
+            matrix, or None to leave it; or a :class:`~weft.calibrate.Change`; or a mapping from selectors
+            (:mod:`weft.function.where`) to these, of which the most specific decides. Fused experts come one by one; kernels
+            of convolutions as (out, in · size).
         output: the folder.
-        what: statistics to gather before a block is changed: kinds of :data:`weft.calibrate.collectors.KINDS`.
+        what: statistics to gather before a block is changed, beside those that a change needs: kinds of
+            :data:`weft.calibrate.collectors.KINDS`.
         where: which layers of the blocks to change.
+        statistics: of this model, gathered before (:func:`weft.calibrate.collect`), or their folder: instead of those that
+            the changed blocks would give. Without ``batches`` nothing runs then.
         recipe: what is done, in words for ``weft.json``.
+        seed: of what changes draw.
+        skip_errors: leave a layer as it is where its change fails, and say so in ``weft.json``.
         memory: bytes of hidden states to keep in memory.
         shard_bytes: largest file.
         force: replace an output that weft made.
@@ -78,52 +92,173 @@ def rewrite(
         The folder, with the model's configuration and tokenizer and a ``weft.json`` that lists what changed.
 
     Raises:
-        RecipeError: no layer was chosen, or a change returned another shape.
+        RecipeError: no layer was chosen, a change returned another shape, or needs data and there is none.
         NonFiniteError: a change returned NaN or infinite values.
-        CheckpointError: the model cannot be read or walked.
+        CheckpointError: the model cannot be read or walked, or the statistics are of another one.
         OutputError: the output exists or cannot be written.
     """
-    kinds = check_what(what, list(KINDS)) if what else []
-    if kinds and batches is None:
-        raise RecipeError(f"{', '.join(kinds)} are statistics of data, and there is none; give batches.")
+    return write_blocks(
+        model, batches, change, output, dense, what=what, where=where, statistics=statistics, recipe=recipe, seed=seed,
+        skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check, progress=progress,
+    )  # fmt: skip
+
+
+def write_blocks(
+    model: Checkpoint | str | Path,
+    batches: Iterable[Any] | None,
+    change: Any,
+    output: str | os.PathLike[str],
+    write: Writer,
+    *,
+    what: str | Iterable[str],
+    where: Selector,
+    statistics: Statistics | str | os.PathLike[str] | None,
+    recipe: Mapping[str, Any] | None,
+    seed: int,
+    skip_errors: bool,
+    memory: int,
+    shard_bytes: int,
+    force: bool,
+    check: bool,
+    progress: Progress | None,
+    rest: Callable[[FromCheckpoint], Part] | None = None,
+    finish: Callable[[dict[str, Any], dict[str, Any]], Mapping[str, str]] | None = None,
+) -> Path:
+    """:func:`rewrite` with a say in how blocks are written.
+
+    Args:
+        write: a block, the tasks that changed it, and its tensors by their names in the checkpoint -> what to write.
+        rest: what becomes of the tensors outside of blocks, when the blocks are done.
+        finish: the output's ``config.json`` (to change in place) and the report of all blocks -> further files.
+    """
+    changes = as_changes(change)
+    extra = check_what(what, list(KINDS)) if what else []
+    held = Statistics.load(statistics) if isinstance(statistics, str | os.PathLike) else statistics
     data = None if batches is None else list(batches)
+    needs = any(c.needs for c in changes.values())
+    if data is None and ((needs and held is None) or extra or any(c.targets for c in changes.values())):
+        kinds = ", ".join(dict.fromkeys([*extra, *(k for c in changes.values() for k in c.needs)]))
+        raise RecipeError(f"{kinds or 'Hidden states'} are statistics of data, and there is none; give batches.")
     checkpoint = open_checkpoint(model)
     progress = progress or Progress()
-    chosen: set[str] = set()
+    target = Path(os.path.abspath(Path(output).expanduser()))
+    work = WorkFolder(target)
     try:
-        with CheckpointWriter(checkpoint, output, force=force, shard_bytes=shard_bytes) as writer:
+        check_target(checkpoint, target, force)
+        if held is not None:
+            held.check(checkpoint)
+        digest = None if data is None else digest_of(data)
+        facts = {"model": checkpoint.name, "recipe": dict(recipe or {}), "data": digest, "seed": seed}
+        work.acquire()
+        try:
+            identity = digest_of([
+                weft.__version__, checkpoint.fingerprint, json.dumps(facts["recipe"], sort_keys=True, default=str), digest,
+                repr(where), seed, None if held is None else held.facts.provenance, extra,
+            ])  # fmt: skip
+            parts = Parts(work.root / "parts", identity)
+            chosen: set[str] = set()
             seen: list[tuple[str, nn.Module]] = []
-            for block in _blocks(checkpoint, data, memory, check, progress):
-                layers = block_layers(block, where)
+            walk_folder = None if data is None else work.root / "walk"
+            targets = any(c.targets for c in changes.values())
+            source: FromCheckpoint | None = None
+            for block in _blocks(checkpoint, data, memory, check, progress, walk_folder, targets, parts):
+                assert isinstance(block.walk.source, FromCheckpoint)
+                source = block.walk.source
                 seen += block.linears().items()
-                chosen |= layers.keys()
-                statistics = _statistics_of(block, kinds, layers) if kinds else Statistics({}, Facts())
-                changed = [name for name, layer in layers.items() if _change(name, layer, change, statistics)]
+                tasks = change_block(block, changes, where, held, extra, seed, skip_errors)
+                chosen |= {name for task in tasks for name in task.layers}
+                changed = any(task.changed for task in tasks)
+                tensors = block.stored() if changed else {}
+                part = write(block, tasks, tensors) if changed else Part()
                 if changed:
-                    for name, tensor in block.stored().items():
-                        bits = _bits(tensor, checkpoint[name])
-                        tied = [alias for alias, first in checkpoint.aliases.items() if first == name]
-                        for one in (name, *tied) if bits is not None else ():
-                            writer.write(one, bits)
+                    _add_dense(part, tensors, checkpoint)
+                part.report |= {name: notes for task in tasks for name, notes in task.notes.items()}
+                part.report |= {name: {} for task in tasks for name in task.layers if name not in part.report}
+                parts.put(block.number, part)
                 progress.advance(block.name, 1)
-            if not chosen:
+            if rest is not None:
+                parts.put(_REST, rest(source or FromCheckpoint(checkpoint)))
+            report = parts.report()
+            if not report:
                 raise RecipeError(f"No layer was chosen by {where!r}.{nearest_names(where, seen)}")
-            report = {"weft": weft.__version__, "model": checkpoint.name, "recipe": dict(recipe or {})}
-            writer.publish({**report, "data": None if data is None else digest_of(data)})
-            return writer.output
+            config = dict(checkpoint.config)
+            files = dict(finish(config, report) if finish else {})
+            whole, changed_names = parts.assembled(checkpoint, config)
+            if config != checkpoint.config:
+                files["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            with CheckpointWriter(whole, target, force=force, shard_bytes=shard_bytes, work=work) as writer:
+                stable = {n: {k: v for k, v in notes.items() if k != "seconds"} for n, notes in report.items()}
+                writer.publish({"weft": weft.__version__, **facts, "changed": changed_names, "layers": stable}, files)
+            whole.close()
+            return target
+        except Exception as error:
+            wrong = isinstance(error, RecipeError | CheckpointError)  # a second try would fail as this did
+            if wrong or not any((work.root / "parts").glob("*.safetensors")):
+                work.remove()
+            raise
     finally:
+        work.release()
         if checkpoint is not model:
             checkpoint.close()
 
 
+_REST = 9999  # the part of the tensors outside of blocks
+
+
+def dense(block: Block, tasks: list[BlockTask], tensors: dict[str, Tensor]) -> Part:
+    """Everything in the types of the checkpoint."""
+    return Part()
+
+
+def _add_dense(part: Part, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """What a block's part lacks: tensors that changed and that nothing else takes the place of."""
+    for name, tensor in tensors.items():
+        if name in part.replaces:
+            continue
+        bits = _changed_tensor(tensor, checkpoint[name])
+        if bits is not None:
+            part.tensors[name] = bits
+            part.replaces[name] = [name]
+
+
+def change_block(
+    block: Block, changes: Mapping[Any, Change], where: Selector, held: Statistics | None, extra: list[str], seed: int,
+    skip_errors: bool,
+) -> list[BlockTask]:  # fmt: skip
+    """Let each change have its layers of a block, with statistics that are gathered before any of them begins."""
+    every = block_layers(block, where)
+    mine: dict[Any, dict[str, nn.Module]] = {}
+    for name, layer in every.items():
+        selector = most_specific(list(changes), name, layer)
+        if selector is not None:
+            mine.setdefault(selector, {})[name] = layer
+    kinds = list(dict.fromkeys([*extra, *(k for s in mine for k in changes[s].needs)]))
+    statistics = held or Statistics({}, Facts())
+    if kinds and held is None:
+        needed = {n: m for s, layers in mine.items() for n, m in layers.items() if extra or changes[s].needs}
+        statistics = _statistics_of(block, kinds, needed)
+    tasks = []
+    for selector, layers in mine.items():
+        task = BlockTask(block, layers, statistics, seed, skip_errors)
+        changes[selector].change_block(task)
+        tasks.append(task)
+    return tasks
+
+
 def _blocks(
-    checkpoint: Checkpoint, batches: list[Any] | None, memory: int, check: bool, progress: Progress
-) -> Iterator[Block]:
-    """Blocks of a walk; without data, blocks that are only loaded."""
+    checkpoint: Checkpoint, batches: list[Any] | None, memory: int, check: bool, progress: Progress,
+    folder: Path | None, targets: bool, parts: Parts,
+) -> Iterator[Block]:  # fmt: skip
+    """Blocks of a walk that no part is of; without data, blocks that are only loaded."""
     if batches is not None:
-        with Walk(checkpoint, batches, memory=memory, check=check) as walk:
+        with Walk(checkpoint, batches, memory=memory, folder=folder, check=check, targets=targets) as walk:
             progress.start("changing", len(walk), len(walk), "blocks")
-            yield from walk
+            done = 0
+            for block in walk:
+                for number in range(done, block.number):
+                    progress.advance(f"block {number} of an earlier run", 1)
+                done = block.number + 1
+                yield block
         return
     source = FromCheckpoint(checkpoint)
     if check:
@@ -131,6 +266,9 @@ def _blocks(
     names = [n for stack in source.stacks for n in stack]
     progress.start("changing", len(names), len(names), "blocks")
     for number, name in enumerate(names):
+        if number in parts:
+            progress.advance(f"block {number} of an earlier run", 1)
+            continue
         source.load([name])
         module = source.model.get_submodule(name)
         with unfused(module, name) as experts:
@@ -141,7 +279,7 @@ def _blocks(
 class _Loaded(Walk):
     """Stands for a walk where there is no data to walk with."""
 
-    def __init__(self, source: FromCheckpoint):
+    def __init__(self, source: InMemory):
         self.source = source
 
 
@@ -153,29 +291,11 @@ def _statistics_of(block: Block, kinds: list[str], layers: Mapping[str, nn.Modul
     return Statistics({name: t.float() if t.is_floating_point() else t for name, t in found}, facts)
 
 
-@torch.no_grad()
-def _change(name: str, layer: nn.Module, change: Change, statistics: Statistics) -> bool:
-    weight: Any = layer.weight
-    layout = layout_of(layer, "weight", weight)
-    matrix = layout.seen(weight).flatten(1)
-    new = change(name, matrix.detach().to(torch.float32, copy=True), statistics)
-    if new is None:
-        return False
-    if new.shape != matrix.shape:
-        raise RecipeError(f"{name}: a change must keep the shape {list(matrix.shape)}, it returned {list(new.shape)}.")
-    new = new.to(weight.dtype)
-    if not new.isfinite().all():
-        raise NonFiniteError(f"{name}: the changed weight holds NaN or infinite values as {weight.dtype}.")
-    weight.copy_(layout.stored(new.reshape(layout.seen(weight).shape)))
-    return True
-
-
-def _bits(tensor: Tensor, stored: LazyTensor) -> Any:
-    """A tensor's elements as the file has them; None if they have not changed."""
+def _changed_tensor(tensor: Tensor, stored: LazyTensor) -> Tensor | None:
+    """A tensor as the file has its kind; None if it has not changed."""
     before = stored.torch()
     if before.shape != tensor.shape:
         raise CheckpointError(f"{stored.name}: was {list(before.shape)} and would be {list(tensor.shape)}.")
-    if torch.equal(before.to(tensor.dtype), tensor):
+    if before.to(tensor.dtype).equal(tensor):
         return None  # a file in higher precision than the model runs in keeps it where nothing changed
-    flat = tensor.detach().to(before.dtype).contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy()
+    return tensor.detach().to(before.dtype).contiguous()

@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from weft.calibrate.experts import Slice
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.fingerprint import fingerprint_of
 from weft.checkpoint.open import open_checkpoint
@@ -115,6 +116,31 @@ class FromCheckpoint(InMemory):
                 )
             names[known] = tensor
         return names
+
+    def stored_names(self, name: str, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+        """Under which name a checkpoint holds the matrix of each layer of a block; fused matrices on disk are left out.
+
+        Every layer's weight is filled with a number of its own, and the conversion to the checkpoint's form shows where it
+        ends up.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        module = self.model.get_submodule(name)
+        marks = {f"{name}.{n}": torch.full(t.shape, -1, dtype=torch.int16) for n, t in module.state_dict().items()}
+        order = list(layers)
+        for number, layer in enumerate(layers.values()):
+            for path, mark in _marks_of(layer, name, module, marks):
+                (mark if path is None else mark[path]).fill_(number)
+        with quiet():
+            reverted: dict[str, Tensor] = revert_weight_conversion(self.model, marks)
+        base = f"{self.model.base_model_prefix}."
+        found = {}
+        for key, mark in reverted.items():
+            known = next((k for k in (key, key.removeprefix(base), base + key) if k in self.checkpoint), None)
+            number = int(mark.flatten()[0]) if mark.numel() else -1
+            if known is not None and number >= 0 and bool((mark == number).all()):
+                found[order[number]] = known
+        return found
 
     def _sorted_keys(self) -> dict[str, str]:
         """The name in memory for each tensor on disk; those that the model has no place for are left out."""
@@ -295,6 +321,18 @@ def _missing(model: nn.Module, found: set[str]) -> list[str]:
         if not any(n in found for n in names)
         and not (linked & set(names) and any(keys.get(n, n) in found for n in names))
     ]
+
+
+def _marks_of(
+    layer: Any, name: str, block: nn.Module, marks: Mapping[str, Tensor]
+) -> Iterator[tuple[int | None, Tensor]]:
+    """The marks of a layer's weight, and which expert's of them."""
+    if isinstance(layer, Slice):
+        path = next(p for p, m in block.named_modules() if m is layer.experts)
+        yield layer.index, marks[".".join(p for p in (name, path, layer.part) if p)]
+        return
+    path = next(p for p, m in block.named_modules() if m is layer)
+    yield None, marks[".".join(p for p in (name, path, "weight") if p)]
 
 
 def _to_meta(module: nn.Module) -> None:

@@ -67,6 +67,11 @@ class Statistics:
         """How many rows of inputs were counted; tokens that an expert was given."""
         return self._layer(layer)[1]
 
+    def has(self, layer: str, kind: str) -> bool:
+        """Whether a statistic of a layer is there."""
+        leader, rows = self.facts.layers.get(layer, ("", 0))
+        return rows > 0 and f"{leader}/{kind}" in self._tensors
+
     def shared(self, layer: str) -> list[str]:
         """Layers that were given the very same inputs, the layer itself among them."""
         leader = self._layer(layer)[0]

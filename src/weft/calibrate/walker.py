@@ -40,6 +40,8 @@ from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.open import open_checkpoint
 from weft.errors import OutputError, RecipeError
 
+_ORIGINAL = "original-"  # folders of the original model's hidden states
+
 
 class _Stop(Exception):
     """Everything that was to be recorded is."""
@@ -85,6 +87,22 @@ class Block:
         self.walk._replay(self, keep)
         self.finished = keep
 
+    def batch(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the block is called with for a batch: its arguments, hidden states among them.
+
+        Raises:
+            RecipeError: the block ran with ``keep`` before, so its inputs are gone.
+        """
+        return self.walk._arguments(self, number)
+
+    def target(self, number: int) -> Tensor:
+        """The hidden states that the original model has after this block, for a batch.
+
+        Raises:
+            RecipeError: the walk does not keep them (``targets=True``).
+        """
+        return self.walk._target(number)
+
     def given(self, batch: int) -> list[Tensor]:
         """Tensors that the block is given with a batch beside its hidden states (masks, angles, encoder states)."""
         found: list[Tensor] = []
@@ -107,6 +125,8 @@ class Walk:
         memory: bytes of hidden states to keep in memory; the rest goes to files.
         folder: where hidden states are kept after each block, so that a walk that was stopped goes on there.
         check: walk a small random copy first, and refuse an architecture where that differs from the plain forward pass.
+        targets: run each block over the original model's hidden states too, before it is yielded: :meth:`Block.target`.
+            Hidden states are kept twice then.
 
     Raises:
         RecipeError: there are no batches, or no blocks.
@@ -131,7 +151,9 @@ class Walk:
         memory: int = 1 << 30,
         folder: str | os.PathLike[str] | None = None,
         check: bool = True,
+        targets: bool = False,
     ):
+        self.targets = targets
         self.batches = [on_cpu(b) for b in batches]
         if not self.batches:
             raise RecipeError(
@@ -156,6 +178,7 @@ class Walk:
         self._beside: dict[str, int | None] = {}  # how many values a block returns beside the hidden states
         self._current: Activations | None = None
         self._last: dict[int, Activations] = {}  # of finished lists
+        self._original: Activations | None = None  # the original model's hidden states after the current block
         self._first = 0  # the first block that is not finished
         self._caching: list[Any] = []  # configurations whose cache is off for the length of the walk
         self._training: list[nn.Module] = []  # modules that are in evaluation for the length of the walk
@@ -173,7 +196,8 @@ class Walk:
         for module in self._training:
             module.training = True
         self._close()
-        for store in {id(s): s for s in [self._current, *self._last.values()] if s is not None}.values():
+        every = [self._current, self._original, *self._last.values()]
+        for store in {id(s): s for s in every if s is not None}.values():
             store.close()
         self._calls.clear()
         for config in self._caching:
@@ -195,12 +219,14 @@ class Walk:
                 continue
             with torch.no_grad():
                 self._capture(index)
+            self._original = None
             for name in names:
                 if number < self._first:
                     if number == self._first - 1:
                         assert self._current is not None
                         self._current.close()
                         self._current = self._reopen(number)
+                        self._original = self._reopen(number, original=True) if self.targets else None
                     number += 1
                     continue
                 yield from self._visit(name, number)
@@ -232,6 +258,8 @@ class Walk:
         try:
             with unfused(module, name) as experts:
                 block = Block(name, number, module, self, dict(experts))
+                if self.targets:
+                    self._run_original(block)
                 yield block
                 if not block.finished:
                     block.run(keep=True)
@@ -239,14 +267,38 @@ class Walk:
         finally:
             self.source.drop([name])
 
+    def _arguments(self, block: Block, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if block.finished or self._current is None:
+            raise RecipeError(
+                f"{block.name} has run with keep=True, and its inputs are gone; ask for them before that."
+            )
+        self.batch_number = number
+        return with_hidden(*self._calls[block.name][number], self._current[number])
+
+    def _target(self, number: int) -> Tensor:
+        if self._original is None:
+            raise RecipeError("The walk does not keep the original model's hidden states; walk with targets=True.")
+        return self._original[number]
+
+    @torch.no_grad()
+    def _run_original(self, block: Block) -> None:
+        """The block as it was, over what the original model gives it."""
+        before = self._original or self._current
+        assert before is not None
+        written = self._store(block.number, original=True)
+        for number, call_ in enumerate(self._calls[block.name]):
+            args, kwargs = with_hidden(*call_, before[number])
+            written[number] = hidden_of(block.module(*args, **kwargs), block.name)
+        if self._original is not None:
+            self._original.close()
+        self._original = written
+
     @torch.no_grad()
     def _replay(self, block: Block, keep: bool) -> None:
         assert self._current is not None
         written = self._store(block.number) if keep else None
-        for number, (args, kwargs) in enumerate(self._calls[block.name]):
-            self.batch_number = number
-            hidden = self._current[number]
-            args, kwargs = with_hidden(args, kwargs, hidden)
+        for number in range(len(self._calls[block.name])):
+            args, kwargs = self._arguments(block, number)
             out = block.module(*args, **kwargs)
             if written is not None:
                 written[number] = hidden_of(out, block.name)
@@ -321,13 +373,13 @@ class Walk:
 
         return forward
 
-    def _store(self, number: int) -> Activations:
+    def _store(self, number: int, original: bool = False) -> Activations:
         keep = self.folder is not None and number >= 0
-        folder = self.folder / f"block-{number:04d}" if keep and self.folder is not None else None
-        return Activations(self._memory // 2, folder, keep=keep)
+        folder = self.folder / f"{_ORIGINAL * original}block-{number:04d}" if keep and self.folder is not None else None
+        return Activations(self._memory // (4 if self.targets else 2), folder, keep=keep)
 
-    def _reopen(self, number: int) -> Activations:
-        store = self._store(number)
+    def _reopen(self, number: int, original: bool = False) -> Activations:
+        store = self._store(number, original)
         store.reopen(len(self.batches))
         return store
 
@@ -340,9 +392,10 @@ class Walk:
         for stack in self.source.stacks:
             end += len(stack)
             ends.add(end)
+        if number > 0:
+            Activations(0, self.folder / f"{_ORIGINAL}block-{number - 1:04d}").close()
         if number - 1 not in ends and number > 0:
-            store = Activations(0, self.folder / f"block-{number - 1:04d}")
-            store.close()
+            Activations(0, self.folder / f"block-{number - 1:04d}").close()
 
     def _write_journal(self, finished: int) -> None:
         assert self.folder is not None
@@ -376,4 +429,4 @@ class Walk:
 
     def _identity(self) -> str:
         """Of the model's weights, its blocks, and the batches."""
-        return digest_of([self.source.weights_identity(), self._names, *self.batches])
+        return digest_of([self.source.weights_identity(), self._names, self.targets, *self.batches])

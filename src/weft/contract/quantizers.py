@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.calibrate import Statistics
+from weft.calibrate import Change, Statistics
 from weft.calibrate.facts import Facts
 from weft.contract.outcome import adder, answers_typos, outcome
 from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
+from weft.packed import Packed, unpack
 
 ROWS, COLUMNS, GROUP = 12, 32, 8
 CHECKS: dict[str, Callable[[QuantizeMethod], None]] = {}
@@ -35,7 +37,8 @@ _check = adder(CHECKS)
 
 
 def _config(method: QuantizeMethod, **values: Any) -> Any:
-    return method.configure({method.group: GROUP, **values})
+    group = {method.group: GROUP} if method.group else {}
+    return method.configure({**group, **method.trial, **values})
 
 
 def _weight(rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
@@ -49,11 +52,27 @@ def _gram(columns: int = COLUMNS) -> Tensor:
     return x.T @ x
 
 
-def _changed(config: Any, weight: Tensor, gram: Tensor) -> Tensor:
-    """What a model's rewriting gets."""
-    statistics = Statistics({"layer/gram": gram}, Facts(layers={"layer": ("layer", 8 * len(gram))}))
-    made: Tensor = config.change("layer", weight, statistics)
+def _fitted(config: Any, weight: Tensor, gram: Tensor) -> Packed:
+    """What a model's rewriting gets. Other statistics than the Gram matrix are those of normal inputs."""
+    rows = 8 * len(gram)
+    squares = gram.diagonal()
+    scale = (squares / rows).sqrt()
+    tensors = {
+        "gram": gram,
+        "square_sum": squares,
+        "mean_abs": math.sqrt(2 / math.pi) * scale,
+        "max_abs": 3 * scale,
+        "mean": torch.zeros_like(scale),
+        "minimum": -3 * scale,
+        "maximum": 3 * scale,
+    }
+    facts = Facts(layers={"layer": ("layer", rows)})
+    made: Packed = config.fit("layer", weight, Statistics({f"layer/{n}": t for n, t in tensors.items()}, facts))
     return made
+
+
+def _changed(config: Any, weight: Tensor, gram: Tensor) -> Tensor:
+    return _fitted(config, weight, gram).dequantize()
 
 
 def _error(config: Any, weight: Tensor) -> float:
@@ -75,21 +94,34 @@ def _shape(method: QuantizeMethod) -> None:
         assert same < (0.01 if dtype == torch.float64 else 1e-6), f"{dtype} and its own values in float32 differ"
 
 
-@_check("codes stand for the weight exactly")
-def _codes(method: QuantizeMethod) -> None:
-    weight, gram = _weight(), _gram()
-    made = method.quantize(weight, _config(method), gram)
-    assert made.codes.shape == weight.shape, f"codes are {list(made.codes.shape)} for {list(weight.shape)}"
-    assert torch.equal(method.dequantize(made), _changed(_config(method), weight, gram)), "the codes say something else"
+@_check("a file brings it back")
+def _file(method: QuantizeMethod) -> None:
+    for weight, gram in ((_weight(), _gram()), (_weight(5, 40), _gram(40))):
+        made = _fitted(_config(method), weight, gram)
+        assert isinstance(made, Packed), f"fit gives {type(made).__name__} and no packed weight"
+        assert made.shape == tuple(weight.shape), f"the packed weight says {made.shape} for {list(weight.shape)}"
+        settings = json.loads(json.dumps(made.settings()))
+        again = unpack({n: t.clone() for n, t in made.tensors().items()}, settings)
+        assert torch.equal(again.dequantize(), made.dequantize()), "tensors and settings stand for something else"
+
+
+@_check("it is smaller than half precision")
+def _smaller(method: QuantizeMethod) -> None:
+    weight = torch.randn(256, 512)
+    made = _fitted(method.configure(dict(method.trial)), weight, torch.eye(512, dtype=torch.float64))
+    assert made.bits_per_weight < 12, f"a weight takes {made.bits_per_weight:.3g} bits"
 
 
 @_check("codes are within their range, and use it")
 def _range(method: QuantizeMethod) -> None:
+    if method.codes is None:
+        return
     weight = _weight(16, 512)
     weight[0, ::7] *= 100
     config = _config(method)
     low, high = method.codes(config)
-    codes = method.quantize(weight, config, torch.eye(512, dtype=torch.float64)).codes
+    made: Any = _fitted(config, weight, torch.eye(512, dtype=torch.float64))
+    codes = made.codes
     assert not codes.is_floating_point(), f"codes are {codes.dtype}"
     least, most = int(codes.min()), int(codes.max())
     assert (least, most) == (low, high), f"codes run from {least} to {most}, the row says {low} to {high}"
@@ -105,7 +137,7 @@ def _stays(method: QuantizeMethod) -> None:
 
 @_check("the error is what the row says")
 def _size_of_error(method: QuantizeMethod) -> None:
-    found = _error(method.configure({}), torch.randn(64, 512))
+    found = _error(method.configure(dict(method.trial)), torch.randn(64, 512))
     assert 0.9 * method.error <= found <= 1.1 * method.error, f"is {found:.3g}, the row says {method.error:.3g}"
 
 
@@ -193,11 +225,11 @@ def _refused(method: QuantizeMethod, weight: Tensor, words: tuple[str, ...]) -> 
 def _small(method: QuantizeMethod) -> None:
     for rows, columns, group in ((1, COLUMNS, GROUP), (ROWS, 1, 1), (1, 1, 1)):
         weight = _weight(rows, columns)
-        config = method.configure({method.group: group})
+        config = _config(method, **({method.group: group} if method.group else {}))
         found = _changed(config, weight, _gram(columns))
         assert found.shape == weight.shape, f"{list(weight.shape)} became {list(found.shape)}"
         assert found.isfinite().all(), f"{list(weight.shape)} gives NaN or infinity"
-        assert group > 1 or torch.allclose(found, weight, rtol=0.05, atol=1e-3), (
+        assert group > 1 or not method.group or torch.allclose(found, weight, rtol=0.05, atol=1e-3), (
             "one weight with a scale of its own moves"
         )
 
@@ -205,7 +237,7 @@ def _small(method: QuantizeMethod) -> None:
 @_check("groups that do not divide the inputs")
 def _ragged(method: QuantizeMethod) -> None:
     weight = _weight(ROWS, GROUP + 3)
-    if not method.ragged:
+    if not method.ragged and method.group:
         _refused(method, weight, ("divide",))
         return
     found = _changed(_config(method), weight, _gram(GROUP + 3))
@@ -218,7 +250,7 @@ def _ragged(method: QuantizeMethod) -> None:
 def _configuration(method: QuantizeMethod) -> None:
     config = method.configure({})
     assert type(config)(**json.loads(json.dumps(asdict(config)))) == config, "it does not survive JSON"
-    assert method.group in method.parameters, f"there is no parameter {method.group}"
+    assert not method.group or method.group in method.parameters, f"there is no parameter {method.group}"
     answers_typos(method)
 
 
@@ -227,6 +259,7 @@ def _documented(method: QuantizeMethod) -> None:
     assert method.summary.endswith("."), "the summary is a sentence"
     assert method.paper or method.origin, "the row says neither its paper nor its origin"
     assert ">>>" in (method.config.__doc__ or ""), "the configuration has no example"
-    assert "Args:" in (method.writes.__doc__ or ""), "the function that writes a model does not say what it takes"
+    assert issubclass(method.config, Change), "its configuration is no weft.calibrate.Change"
+    assert method.config.fit.__doc__, "fit has no docstring"
     for key, field in method.parameters.items():
         assert field.help, f"the parameter {key} has no help"

@@ -37,6 +37,7 @@ class CheckpointWriter:
         output: the folder.
         force: replace an output that weft made.
         shard_bytes: largest file.
+        work: a work folder whose lock is held already, and which is kept if nothing is published.
 
     Raises:
         OutputError: the output exists (and was not made by weft, or without ``force``), holds the checkpoint, is being
@@ -59,19 +60,22 @@ class CheckpointWriter:
         *,
         force: bool = False,
         shard_bytes: int = SHARD_BYTES,
+        work: WorkFolder | None = None,
     ):
         self.output = Path(os.path.abspath(Path(output).expanduser()))
         self.written: dict[str, str] = {}
         self._checkpoint = checkpoint
         self._force = force
-        self._work = WorkFolder(self.output)
+        self._work = work or WorkFolder(self.output)
+        self._owns_work = work is None
         self._shards = split_into_shards({n: t.nbytes for n, t in checkpoint.items()}, shard_bytes)
         self._writers: dict[str, ShardWriter] = {}
         self._published = False
 
     def __enter__(self) -> CheckpointWriter:
-        self._check_target()
-        self._work.acquire()
+        check_target(self._checkpoint, self.output, self._force)
+        if self._owns_work:
+            self._work.acquire()
         try:
             shutil.rmtree(self._work.files, ignore_errors=True)
             self._work.files.mkdir()
@@ -89,7 +93,7 @@ class CheckpointWriter:
     def __exit__(self, *exc: object) -> None:
         for writer in {id(w): w for w in self._writers.values()}.values():
             writer.close()
-        if not self._published:
+        if not self._published and self._owns_work:
             self._work.remove()
 
     def write(self, name: str, bits: np.ndarray) -> None:
@@ -107,14 +111,19 @@ class CheckpointWriter:
         self._writers[name].write(data.data, info.offset)
         self.written[name] = xxhash.xxh3_64_hexdigest(data.data)
 
-    def publish(self, report: Mapping[str, Any]) -> None:
-        """Copy the rest, write ``weft.json``, look at everything once more, and give the folder its name."""
+    def publish(self, report: Mapping[str, Any], files: Mapping[str, str] | None = None) -> None:
+        """Copy the rest, write ``weft.json``, look at everything once more, and give the folder its name.
+
+        Args:
+            report: what ``weft.json`` says, beside what changed (if it does not say that itself) and the checksums.
+            files: texts of further files by name; they take the place of copied ones.
+        """
         changed = sorted(self.written)
         for name in self._checkpoint:
             if name not in self.written:
                 self._copy(name)
         checksums = {name: self.written[name] for name in self._checkpoint}
-        self._write_files({**report, "changed": changed, "checksums": checksums})
+        self._write_files({"changed": changed, **report, "checksums": checksums}, files or {})
         for writer in {id(w): w for w in self._writers.values()}.values():
             writer.sync()
             with open_path(writer.path) as made:
@@ -136,7 +145,7 @@ class CheckpointWriter:
             writer.write(part.data, offset + start)
         self.written[name] = digest.hexdigest()
 
-    def _write_files(self, report: Mapping[str, Any]) -> None:
+    def _write_files(self, report: Mapping[str, Any], files: Mapping[str, str]) -> None:
         folder = self._work.files
         try:
             for source in sorted(self._checkpoint.folder.iterdir()) if self._checkpoint.folder else ():
@@ -147,7 +156,9 @@ class CheckpointWriter:
                 index = index_file(self._shards, sum(t.nbytes for t in self._checkpoint.values()))
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
             (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            for path in folder.glob("*.json"):
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            for path in [*folder.glob("*.json"), *(folder / name for name in files)]:
                 descriptor = os.open(path, os.O_RDONLY)
                 try:
                     os.fsync(descriptor)
@@ -156,15 +167,19 @@ class CheckpointWriter:
         except OSError as error:
             raise OutputError(f"{self.output}: cannot be written ({error.strerror}).") from None
 
-    def _check_target(self) -> None:
-        source = self._checkpoint.folder
-        if source is not None and (source.resolve() == self.output or self.output in source.resolve().parents):
-            raise OutputError(f"{self.output}: is, or contains, the model that is read. Choose another output.")
-        if not (self.output.exists() or self.output.is_symlink()):
-            return
-        if not self._force:
-            raise OutputError(f"{self.output}: exists already. Choose another output, or replace it with force.")
-        if not (self.output.is_dir() and ((self.output / REPORT_FILE).is_file() or not any(self.output.iterdir()))):
-            raise OutputError(
-                f"{self.output}: exists and was not made by weft, so it is not replaced. Remove it yourself."
-            )
+
+def check_target(checkpoint: Checkpoint, output: Path, force: bool) -> None:
+    """Whether an output may be written: an absolute path.
+
+    Raises:
+        OutputError: it holds the checkpoint that is read, or exists and may not be replaced.
+    """
+    source = checkpoint.folder
+    if source is not None and (source.resolve() == output or output in source.resolve().parents):
+        raise OutputError(f"{output}: is, or contains, the model that is read. Choose another output.")
+    if not (output.exists() or output.is_symlink()):
+        return
+    if not force:
+        raise OutputError(f"{output}: exists already. Choose another output, or replace it with force.")
+    if not (output.is_dir() and ((output / REPORT_FILE).is_file() or not any(output.iterdir()))):
+        raise OutputError(f"{output}: exists and was not made by weft, so it is not replaced. Remove it yourself.")

@@ -1,7 +1,7 @@
 """What a quantiser's registry row says: methods that put a trained layer's weights on few values.
 
-A configuration's ``change(name, weight, statistics)`` is what :func:`weft.calibrate.rewrite` calls for every layer; the row
-gives the codes behind it.
+Its configuration is a :class:`weft.calibrate.Change` whose ``fit(name, weight, statistics)`` gives a packed weight
+(:mod:`weft.packed`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from weft.method import Method
 
@@ -20,25 +18,20 @@ class QuantizeMethod(Method):
     """A registry row of a quantiser of weights.
 
     Attributes:
-        writes: the public function that writes a quantised model.
-        quantize: ``quantize(weight, config, gram)`` -> codes: a named tuple with the integers as ``codes`` (out, in). gram
-            (in, in) is Σ xᵀx of the layer's inputs, which methods without data ignore.
-        dequantize: ``dequantize(codes)`` -> (out, in) float32, exactly what ``config.change`` returns.
-        codes: the lowest and the highest code of a configuration.
+        codes: the lowest and the highest code of a configuration, where the packed weight has ``codes``.
         error: ‖W − Ŵ‖ / ‖W‖ to be expected for normal weights and white inputs with the default configuration, within a
             tenth.
         finer: a parameter and its values from the coarsest to the finest; the error falls along them.
-        group: the parameter that says how many weights share a scale.
+        group: the parameter that says how many weights share a scale; empty if there is none.
         ragged: whether the inputs need not divide into groups.
         refits: why quantising a quantised weight moves it; empty if it does not.
+        trial: values of parameters for the battery's small matrices, beside the group.
     """
 
-    writes: Callable[..., Any] = lambda: None
-    quantize: Callable[[Tensor, Any, Tensor], Any] = lambda weight, config, gram: None
-    dequantize: Callable[[Any], Tensor] = lambda codes: codes
-    codes: Callable[[Any], tuple[int, int]] = lambda config: (0, 15)
+    codes: Callable[[Any], tuple[int, int]] | None = None
     error: float = 0.0
-    finer: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    finer: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     group: str = "group_size"
     ragged: bool = False
     refits: str = ""
+    trial: Mapping[str, Any] = field(default_factory=dict)

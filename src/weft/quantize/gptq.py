@@ -31,29 +31,26 @@ Re-implemented from the equations (official code: Apache-2.0).
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from weft.calibrate import Statistics, rewrite
-from weft.checkpoint.checkpoint import Checkpoint
+from weft.calibrate import BlockTask, Change, Statistics
 from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
-from weft.quantize.grid import Codes, Grid, dequantize, fit_grid, quantize
+from weft.packed import Affine
+from weft.quantize.grid import Grid, fit_grid, quantize
+from weft.quantize.rtn import RTN
 
 ORDERS = ("none", "static", "gar")
 GROUPS = ("static", "dynamic")
 
 
 @dataclass(frozen=True)
-class GPTQ(Grid):
+class GPTQ(Grid, Change):
     """A grid, and how columns are rounded to it.
 
     >>> GPTQ(bits=3, group_size=64, order="gar").damping
@@ -84,12 +81,32 @@ class GPTQ(Grid):
                 "groups='static', or order='gar', which keeps groups in one piece."
             )
 
-    def change(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
-        """A layer's matrix on its grid; see :func:`weft.calibrate.rewrite` (``what="gram"``).
+    needs: ClassVar[tuple[str, ...]] = ("gram",)
 
-        A layer that no token reached is rounded to nearest, with a warning that names it.
-        """
-        return _round(self, name, weight, statistics, None)[0]
+    def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Affine:
+        """A layer's codes; see :class:`weft.calibrate.Change`."""
+        return gptq_codes(weight, statistics.gram(name), self).codes
+
+    def without_data(self) -> RTN:
+        """Rounding to nearest on the same grid."""
+        return RTN(self.bits, self.group_size, self.kind, self.scale_dtype)
+
+    def change_block(self, task: BlockTask) -> None:
+        """Layers with equal inputs share the factor; the report has each one's loss and notes."""
+        last: dict[str, Factor] = {}  # such layers follow one another
+        for name in task.layers:
+            with task.attempt(name):
+                change = task.instead(name, self)
+                if change is not self:
+                    task.put(name, change.fit(name, task.weight(name), task.statistics))
+                    continue
+                gram = task.statistics.gram(name)
+                leader = task.statistics.shared(name)[0]
+                if gram.dim() == 2 and leader not in last:
+                    last = {leader: gptq_factor(gram, self)}
+                rounded = gptq_codes(task.weight(name), last.get(leader, gram), self)
+                task.put(name, rounded.codes)
+                task.note(name, loss=float(rounded.loss), **({"notes": list(rounded.notes)} if rounded.notes else {}))
 
 
 class Factor(NamedTuple):
@@ -113,13 +130,11 @@ class Rounded(NamedTuple):
 
     Attributes:
         codes: codes, scales and zero points.
-        weight: (out, in) float32, what the codes stand for.
         loss: ½ tr(Δ H Δᵀ) with the damped Gram matrix H (inputs never seen have the mean of its diagonal); 0-d float64.
         notes: see :class:`Factor`.
     """
 
-    codes: Codes
-    weight: Tensor
+    codes: Affine
     loss: Tensor
     notes: tuple[str, ...]
 
@@ -194,7 +209,7 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
         config: bits, groups, order; the defaults if None.
 
     Returns:
-        Codes, the weight they stand for, the loss and notes.
+        Codes, the loss and notes.
 
     Raises:
         RecipeError: shapes do not fit, values are not finite, or rows do not divide into groups.
@@ -203,14 +218,14 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
 
     >>> weight = torch.tensor([[0.4, 1.4, 3.0]])
     >>> gram = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    >>> gptq_codes(weight, gram, GPTQ(bits=2, group_size=0, order="none")).weight.tolist()  # 1.4 makes up for 0.4
+    >>> gptq_codes(weight, gram, GPTQ(bits=2, group_size=0, order="none")).codes.dequantize().tolist()  # 1.4 makes up for 0.4
     [[0.0, 2.0, 3.0]]
     """
     config = config or GPTQ()
     if isinstance(gram, Tensor) and gram.dim() == 3:
         if not len(gram) or weight.dim() != 2 or len(weight) % len(gram):
             raise RecipeError(f"{list(weight.shape)} has no rows for each of {len(gram)} Gram matrices.")
-        return _joined([gptq_codes(w, g, config) for w, g in zip(weight.chunk(len(gram)), gram)])
+        return _joined([gptq_codes(w, g, config) for w, g in zip(weight.chunk(len(gram)), gram)], config)
     weight = weight.detach()
     scale, zero = fit_grid(weight, config)  # which checks the weight
     held = gptq_factor(gram, config) if isinstance(gram, Tensor) else gram
@@ -220,7 +235,7 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
         )
     if held.upper is None:
         codes = quantize(weight, scale, zero, config)
-        return Rounded(codes, dequantize(codes), torch.zeros((), dtype=torch.float64), held.notes)
+        return Rounded(codes, torch.zeros((), dtype=torch.float64), held.notes)
     order = held.order.to(weight.device)
     # columns lie as rows, (in, out): each is one piece of memory
     w = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).T[order].contiguous()
@@ -244,69 +259,8 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
             w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[i], alpha=-1)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.to(torch.float64).square().sum() / 2
-    codes = Codes(made[order.argsort()].T.contiguous(), scale, zero)
-    return Rounded(codes, dequantize(codes), loss, held.notes)
-
-
-def quantize_gptq(
-    model: Checkpoint | str | Path,
-    batches: Iterable[Any],
-    output: str | os.PathLike[str],
-    config: GPTQ | None = None,
-    **options: Any,
-) -> Path:
-    """Write a copy of a transformers model whose blocks' matrices lie on grids, in the model's own type.
-
-    Each block is quantised with the inputs that the quantised blocks before it give. The values are those of a quantised
-    model, rounded to the type of the files; the size is not. ``weft.json`` holds each layer's loss and notes, and the layers
-    that were rounded to nearest as no token of the data reached them; a warning names these too.
-
-    Args:
-        model, batches, output: see :func:`weft.calibrate.rewrite`; so are further options (``where``, ``force``, …).
-        config: the grid and the order; 4 bits in groups of 128, asymmetric, if None.
-
-    Returns:
-        The folder; it loads in transformers as the model did.
-    """
-    config = config or GPTQ()
-    layers: dict[str, Any] = {}
-    missed: list[str] = []
-    last: dict[str, Factor] = {}  # layers with equal inputs follow one another
-
-    def change(name: str, weight: Tensor, statistics: Statistics) -> Tensor:
-        made, rounded = _round(config, name, weight, statistics, last)
-        if rounded is None:
-            missed.append(name)
-        else:
-            notes = {"notes": list(rounded.notes)} if rounded.notes else {}
-            layers[name] = {"loss": float(rounded.loss), **notes}
-        return made
-
-    # written when the last layer is done, so with what `change` put in
-    recipe = {"method": "gptq", "parameters": asdict(config), "layers": layers, "rounded to nearest": missed}
-    return rewrite(model, batches, change, output, what="gram", recipe=recipe, **options)
-
-
-def _round(
-    config: GPTQ, name: str, weight: Tensor, statistics: Statistics, last: dict[str, Factor] | None
-) -> tuple[Tensor, Rounded | None]:
-    """A layer of a model; ``last``: the factor made last, by the first layer that has these inputs."""
-    if not statistics.rows(name):
-        warnings.warn(
-            f"{name}: no token of the calibration data reached it, so it is rounded to nearest. More data would help.",
-            stacklevel=3,
-        )
-        return dequantize(quantize(weight, *fit_grid(weight, config), config)), None
-    gram = statistics.gram(name)
-    if gram.dim() == 3 or last is None:
-        rounded = gptq_codes(weight, gram, config)
-        return rounded.weight, rounded
-    leader = statistics.shared(name)[0]
-    if leader not in last:
-        last.clear()
-        last[leader] = gptq_factor(gram, config)
-    rounded = gptq_codes(weight, last[leader], config)
-    return rounded.weight, rounded
+    codes = Affine(made[order.argsort()].T.contiguous(), scale, zero, config.bits, low)
+    return Rounded(codes, loss, held.notes)
 
 
 def _order(diagonal: Tensor, size: int, kind: str) -> Tensor:
@@ -330,14 +284,11 @@ def _blocks(columns: int, config: GPTQ) -> list[tuple[int, int]]:
     return list(zip(ordered, [*ordered[1:], columns]))
 
 
-def _joined(parts: list[Rounded]) -> Rounded:
-    codes = Codes(*(torch.cat([p.codes[i] for p in parts]) for i in range(3)))
+def _joined(parts: list[Rounded], config: GPTQ) -> Rounded:
+    codes, scale, zero = (torch.cat([getattr(p.codes, key) for p in parts]) for key in ("codes", "scale", "zero"))
     notes = tuple(dict.fromkeys(n for p in parts for n in p.notes))
-    return Rounded(codes, torch.cat([p.weight for p in parts]), torch.stack([p.loss for p in parts]).sum(), notes)
-
-
-def _codes(weight: Tensor, config: GPTQ, gram: Tensor) -> Codes:
-    return gptq_codes(weight, gram, config).codes
+    whole = Affine(codes, scale, zero, config.bits, config.codes[0])
+    return Rounded(whole, torch.stack([p.loss for p in parts]).sum(), notes)
 
 
 METHODS = (
@@ -350,9 +301,6 @@ METHODS = (
         origin="Frantar et al. 2023, arXiv:2210.17323",
         needs="calibration",
         checked_by=("brute force", "closed form"),
-        writes=quantize_gptq,
-        quantize=_codes,
-        dequantize=dequantize,
         codes=lambda config: config.codes,
         error=0.1,
         finer={"bits": (2, 3, 4, 8)},

@@ -20,13 +20,13 @@ zeros has the smallest scale there is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from weft.errors import RecipeError
 from weft.method import parameter
+from weft.packed import Affine
 
 KINDS = ("asymmetric", "symmetric", "narrow")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -67,14 +67,6 @@ class Grid:
         ]
 
 
-class Codes(NamedTuple):
-    """Quantised weights: ``codes`` (out, in) int16, ``scale`` and ``zero`` (out, groups) in the scales' type."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-
-
 def fit_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scales and zero points that hold all weights of each group.
 
@@ -109,7 +101,7 @@ def fit_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return scale, zero.to(dtype)
 
 
-def quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Codes:
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Affine:
     """The nearest codes.
 
     Args:
@@ -128,18 +120,8 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Codes:
             f"{list(zero.shape)}."
         )
     codes = (groups / scale.float().unsqueeze(-1)).round() + zero.float().unsqueeze(-1)
-    return Codes(codes.clamp(*grid.codes).to(torch.int16).reshape(weight.shape), scale, zero)
-
-
-def dequantize(quantized: Codes) -> Tensor:
-    """The weights that codes stand for: (out, in), float32.
-
-    >>> dequantize(Codes(torch.tensor([[0, 5]], dtype=torch.int16), torch.tensor([[0.5]]), torch.tensor([[1.0]]))).tolist()
-    [[-0.5, 2.0]]
-    """
-    codes, scale, zero = quantized
-    groups = codes.float().unflatten(1, (scale.shape[1], -1))
-    return ((groups - zero.float().unsqueeze(-1)) * scale.float().unsqueeze(-1)).flatten(1)
+    low, high = grid.codes
+    return Affine(codes.clamp(low, high).to(torch.int16).reshape(weight.shape), scale, zero, grid.bits, low)
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
@@ -153,7 +135,7 @@ def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Te
     >>> [[round(w, 4) for w in row] for row in fake_quantize(weight, *fit_grid(weight, grid), grid).tolist()]
     [[0.0, 3.1, -0.9333, 0.4667]]
     """
-    return dequantize(quantize(weight, scale, zero, grid))
+    return quantize(weight, scale, zero, grid).dequantize()
 
 
 def _groups(weight: Tensor, grid: Grid) -> Tensor:

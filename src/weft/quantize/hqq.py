@@ -24,26 +24,23 @@ Re-implemented from the equations (official code: Apache-2.0).
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from weft.calibrate import Statistics, rewrite
-from weft.checkpoint.checkpoint import Checkpoint
+from weft.calibrate import Change, Statistics
 from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
-from weft.quantize.grid import Codes, Grid, dequantize, fit_grid
+from weft.packed import Affine
+from weft.quantize.grid import Grid, fit_grid
 
 SCALES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class HQQ:
+class HQQ(Change):
     """A grid with real zero points, and how they are sought.
 
     >>> HQQ(bits=2, group_size=16).codes
@@ -72,12 +69,12 @@ class HQQ:
         """The lowest and the highest code."""
         return 0, (1 << self.bits) - 1
 
-    def change(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
-        """A layer's matrix on its grid; see :func:`weft.calibrate.rewrite`."""
-        return dequantize(hqq_codes(weight, self))
+    def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Affine:
+        """A layer's codes; see :class:`weft.calibrate.Change`."""
+        return hqq_codes(weight, self)
 
 
-def hqq_codes(weight: Tensor, config: HQQ | None = None) -> Codes:
+def hqq_codes(weight: Tensor, config: HQQ | None = None) -> Affine:
     """Codes, scales and real zero points of a matrix.
 
     Args:
@@ -85,7 +82,7 @@ def hqq_codes(weight: Tensor, config: HQQ | None = None) -> Codes:
         config: bits, groups and the search; the defaults if None.
 
     Returns:
-        For :func:`weft.quantize.dequantize`.
+        Their ``dequantize()`` gives the weights.
 
     Raises:
         RecipeError: it is no matrix, its rows do not divide into groups, or its values are not finite or too large (or too
@@ -94,7 +91,7 @@ def hqq_codes(weight: Tensor, config: HQQ | None = None) -> Codes:
     Source: the report's equations for the two half-quadratic steps.
 
     >>> codes = hqq_codes(torch.tensor([[1.0, 1.5, 2.0, 2.5]]), HQQ(bits=2, group_size=0))
-    >>> codes.codes.tolist(), codes.zero.tolist(), dequantize(codes).tolist()
+    >>> codes.codes.tolist(), codes.zero.tolist(), codes.dequantize().tolist()
     ([[0, 1, 2, 3]], [[-2.0]], [[1.0, 1.5, 2.0, 2.5]])
     """
     config = config or HQQ()
@@ -127,26 +124,7 @@ def hqq_codes(weight: Tensor, config: HQQ | None = None) -> Codes:
             "in float32."
         )
     codes = (w / scale + best.to(w.dtype)).round().clamp(*config.codes)
-    return Codes(codes.to(torch.int16).flatten(1), stored[..., 0], best[..., 0])
-
-
-def quantize_hqq(
-    model: Checkpoint | str | Path, output: str | os.PathLike[str], config: HQQ | None = None, **options: Any
-) -> Path:
-    """Write a copy of a transformers model whose blocks' matrices lie on grids, in the model's own type.
-
-    The values are those of a quantised model, rounded to the type of the files; the size is not.
-
-    Args:
-        model, output: see :func:`weft.calibrate.rewrite`; so are further options (``where``, ``force``, …).
-        config: the grid and the search; 4 bits in groups of 64 if None.
-
-    Returns:
-        The folder; it loads in transformers as the model did.
-    """
-    config = config or HQQ()
-    recipe = {"method": "hqq", "parameters": asdict(config)}
-    return rewrite(model, None, config.change, output, recipe=recipe, **options)
+    return Affine(codes.to(torch.int16).flatten(1), stored[..., 0], best[..., 0], config.bits, 0)
 
 
 def _stored(zero: Tensor, config: HQQ, dtype: torch.dtype) -> Tensor:
@@ -174,9 +152,6 @@ METHODS = (
         goal="shrink",
         origin="Badri and Shaji 2023 (Mobius Labs)",
         checked_by=("brute force", "float64 equations"),
-        writes=quantize_hqq,
-        quantize=lambda weight, config, gram: hqq_codes(weight, config),
-        dequantize=dequantize,
         codes=lambda config: config.codes,
         error=0.09,
         finer={"bits": (2, 3, 4, 8)},

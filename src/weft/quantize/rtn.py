@@ -12,31 +12,27 @@ Re-implemented from the equations.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from weft.calibrate import Statistics, rewrite
-from weft.checkpoint.checkpoint import Checkpoint
+from weft.calibrate import Change, Statistics
 from weft.function.quantizer import QuantizeMethod
-from weft.quantize.grid import Grid, dequantize, fake_quantize, fit_grid, quantize
+from weft.packed import Affine
+from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 
 
 @dataclass(frozen=True)
-class RTN(Grid):
+class RTN(Grid, Change):
     """A grid, to which weights are rounded.
 
     >>> RTN(bits=8, group_size=0, kind="symmetric")
     RTN(bits=8, group_size=0, kind='symmetric', scale_dtype='float32')
     """
 
-    def change(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
-        """A layer's matrix on its grid; see :func:`weft.calibrate.rewrite`."""
-        return round_to_nearest(weight, self)
+    def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Affine:
+        """A layer's codes; see :class:`weft.calibrate.Change`."""
+        return quantize(weight, *fit_grid(weight, self), self)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
@@ -59,27 +55,6 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
     return fake_quantize(weight, *fit_grid(weight, grid), grid)
 
 
-def quantize_rtn(
-    model: Checkpoint | str | Path, output: str | os.PathLike[str], config: RTN | None = None, **options: Any
-) -> Path:
-    """Write a copy of a transformers model whose blocks' matrices lie on grids, in the model's own type.
-
-    The values are those of a quantised model, rounded to the type of the files; the size is not. Packed files are another
-    matter.
-
-    Args:
-        model, output: see :func:`weft.calibrate.rewrite`; so are further options (``where``, ``force``, …).
-        config: the grid; 4 bits in groups of 128, asymmetric, if None.
-
-    Returns:
-        The folder; it loads in transformers as the model did.
-    """
-    config = config or RTN()
-    change: Callable[[str, Tensor, Statistics], Tensor] = config.change
-    recipe = {"method": "rtn", "parameters": asdict(config)}
-    return rewrite(model, None, change, output, recipe=recipe, **options)
-
-
 METHODS = (
     QuantizeMethod(
         name="rtn",
@@ -89,9 +64,6 @@ METHODS = (
         goal="shrink",
         origin="rounding to nearest, the baseline of all",
         checked_by=("brute force",),
-        writes=quantize_rtn,
-        quantize=lambda weight, config, gram: quantize(weight, *fit_grid(weight, config), config),
-        dequantize=dequantize,
         codes=lambda config: config.codes,
         error=0.1,
         finer={"bits": (2, 3, 4, 8)},
