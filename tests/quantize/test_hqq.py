@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import RecipeError
-from weft.quantize import HQQ, dequantize, hqq_codes
+from weft.quantize import HQQ, hqq_codes
 
 
 def weights(rows: int = 16, columns: int = 64) -> Tensor:
@@ -62,7 +62,7 @@ def test_zero_points_are_the_best_of_the_steps_of_the_equations(bits: int) -> No
 
 def test_more_steps_never_hurt_any_group() -> None:
     weight = weights()
-    errors = [error(weight, dequantize(hqq_codes(weight, HQQ(2, 32, steps=n))), 32, 0.7) for n in range(12)]
+    errors = [error(weight, hqq_codes(weight, HQQ(2, 32, steps=n)).dequantize(), 32, 0.7) for n in range(12)]
     for before, after in pairwise(errors):
         assert bool((after <= before * (1 + 1e-6)).all())
     assert float(errors[-1].sum()) < 0.96 * float(errors[0].sum())
@@ -74,8 +74,8 @@ def test_beside_the_best_zero_point_of_all() -> None:
     for bits, way in ((1, 0.7), (2, 0.4)):
         config = HQQ(bits=bits, group_size=16)
         made = hqq_codes(weight, config)
-        found = error(weight, dequantize(made), 16, 0.7)[:, 0]
-        began = error(weight, dequantize(hqq_codes(weight, HQQ(bits=bits, group_size=16, steps=0))), 16, 0.7)[:, 0]
+        found = error(weight, made.dequantize(), 16, 0.7)[:, 0]
+        began = error(weight, hqq_codes(weight, HQQ(bits=bits, group_size=16, steps=0)).dequantize(), 16, 0.7)[:, 0]
         top, scale = 2**bits - 1, made.scale.double().unsqueeze(-1)
         scaled = weight.unsqueeze(-1) / scale  # (32, 16, 1)
         tries = (torch.arange(2**bits) - scaled).flatten(1).unsqueeze(1)  # (32, 1, zero points)
@@ -93,7 +93,7 @@ def test_codes_are_the_nearest_of_the_grid() -> None:
         s, z = (v.double().repeat_interleave(16, 1).unsqueeze(-1) for v in (made.scale, made.zero))
         values = (torch.arange(2**config.bits) - z) * s
         nearest = (values - weight.double().unsqueeze(-1)).abs().amin(-1)
-        assert bool(((dequantize(made).double() - weight.double()).abs() <= nearest + 1e-6).all())
+        assert bool(((made.dequantize().double() - weight.double()).abs() <= nearest + 1e-6).all())
         assert str(made.zero.dtype) == f"torch.{config.scale_dtype}"
         if config.round_zero:
             assert torch.equal(made.zero, made.zero.round())
@@ -101,9 +101,9 @@ def test_codes_are_the_nearest_of_the_grid() -> None:
 
 def test_groups_of_one_value_and_small_weights() -> None:
     weight = torch.tensor([[0.0] * 4, [3.0] * 4, [-2.5] * 4, [1e-30] * 4])
-    assert torch.equal(dequantize(hqq_codes(weight, HQQ(group_size=4))), weight)
+    assert torch.equal(hqq_codes(weight, HQQ(group_size=4)).dequantize(), weight)
     small = weights().float() * 1e-6
-    moved = dequantize(hqq_codes(small, HQQ(bits=8, group_size=16)))
+    moved = hqq_codes(small, HQQ(bits=8, group_size=16)).dequantize()
     assert float((moved - small).norm() / small.norm()) < 0.01
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from weft.errors import RecipeError
-from weft.quantize import Codebook, codebook_codes, codebook_weight
-from weft.quantize.nf4 import FP4, NF4, TABLES, block_scales, dynamic_map, pack, unpack
+from weft.packed.forms import dynamic_map
+from weft.quantize import Codebook, codebook_codes
+from weft.quantize.nf4 import FP4, NF4, TABLES
 
 # where bitsandbytes is installed, files and codes are compared with it as well
 CONFIGS = [Codebook(table, size, double) for table in TABLES for size in (7, 64, 5000) for double in (False, True)]
@@ -55,14 +56,14 @@ def test_codes_are_the_nearest_and_the_error_has_a_bound(config: Codebook) -> No
         values = table * top
         distance = (values[code.long()] - part).abs()
         assert bool((distance <= (values - part[:, None]).abs().amin(1) + 1e-7 * top).all())
-    scales = block_scales(made)
+    scales = made.scales()
     if config.double:
         limits = made.nested_scale.double().repeat_interleave(256)[: len(largest)]
         assert bool(((scales.double() - largest).abs() <= 0.0071 * limits + 1e-6 * largest.max()).all())
     else:
         assert torch.equal(scales, largest.float())
     gap = float((table.sort().values.diff() / 2).max())
-    found = codebook_weight(made)
+    found = made.dequantize()
     off = (scales.double() - largest).abs().repeat_interleave(config.block_size)[: flat.numel()]
     limit = largest.repeat_interleave(config.block_size)[: flat.numel()] * gap + off + 1e-7
     assert bool(((found.double().flatten() - flat).abs() <= limit).all())
@@ -70,11 +71,11 @@ def test_codes_are_the_nearest_and_the_error_has_a_bound(config: Codebook) -> No
 
 
 def test_the_largest_of_a_block_is_kept() -> None:
-    made = codebook_weight(codebook_codes(weights(), Codebook(block_size=130, double=False)))
+    made = codebook_codes(weights(), Codebook(block_size=130, double=False)).dequantize()
     rows = weights().abs()
     assert torch.equal(made.abs().amax(1), rows.amax(1))
     assert torch.equal(made[0], torch.zeros(130))
-    again = codebook_weight(codebook_codes(made, Codebook(block_size=130, double=False)))
+    again = codebook_codes(made, Codebook(block_size=130, double=False)).dequantize()
     assert torch.equal(again, made)
 
 
@@ -99,26 +100,10 @@ def test_values_of_quantised_scales() -> None:
 def test_relative_error_of_normal_weights() -> None:
     weight = 0.02 * torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     errors = {
-        t: float((codebook_weight(codebook_codes(weight, Codebook(t))) - weight).norm() / weight.norm()) for t in TABLES
+        t: float((codebook_codes(weight, Codebook(t)).dequantize() - weight).norm() / weight.norm()) for t in TABLES
     }
     assert errors["nf4"] == pytest.approx(0.0915, abs=0.001)
     assert errors["fp4"] > 1.2 * errors["nf4"]
-
-
-def test_packing_is_exact() -> None:
-    for shape in ((4, 6), (3, 5), (1, 1), (0,)):
-        codes = torch.randint(0, 16, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        packed = pack(codes)
-        assert packed.numel() == (codes.numel() + 1) // 2
-        assert torch.equal(unpack(packed, shape), codes)
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(pack(unpack(every, (512,))), every)
-    with pytest.raises(RecipeError, match="0 to 15"):
-        pack(torch.tensor([16], dtype=torch.uint8))
-    with pytest.raises(RecipeError, match="uint8"):
-        pack(torch.tensor([1]))
-    with pytest.raises(RecipeError, match="do not hold"):
-        unpack(every, (513,))
 
 
 def test_what_is_refused() -> None:
@@ -136,7 +121,7 @@ def test_bitsandbytes_agrees(table: str) -> None:
     weight = weights()
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=table, compress_statistics=False)
     mine = codebook_codes(weight, Codebook(table, 64, double=False))
-    assert torch.equal(pack(mine.codes), packed.flatten())
+    assert torch.equal((mine.codes.flatten()[::2] << 4) | mine.codes.flatten()[1::2], packed.flatten())
     assert torch.equal(mine.scale, state.absmax)
-    assert torch.equal(codebook_weight(mine), functional.dequantize_4bit(packed, state))
+    assert torch.equal(mine.dequantize(), functional.dequantize_4bit(packed, state))
     assert torch.equal(functional.create_dynamic_map(), dynamic_map())

@@ -13,7 +13,7 @@ from architectures import build
 
 import weft
 from weft.errors import RecipeError
-from weft.quantize import RTN, Grid, dequantize, fake_quantize, fit_grid, quantize, quantize_rtn, round_to_nearest
+from weft.quantize import RTN, Grid, fake_quantize, fit_grid, quantize, quantize_model, round_to_nearest
 
 GRIDS = [
     Grid(bits, size, kind)
@@ -49,7 +49,7 @@ def test_every_weight_goes_to_the_nearest_value_of_its_grid(grid: Grid) -> None:
         assert distance <= nearest + 1e-6 * (s + abs(float(w[row, column])))
         assert distance <= s / 2 * (1 + 1e-4) + 1e-6 * abs(float(w[row, column]))
     assert torch.equal(fake_quantize(found, scale, zero, grid), found)
-    assert torch.equal(dequantize(quantize(w, scale, zero, grid)), found)
+    assert torch.equal(quantize(w, scale, zero, grid).dequantize(), found)
     assert found[1].abs().max() == 0
     assert torch.equal(round_to_nearest(4 * w, grid), 4 * found)
 
@@ -76,7 +76,7 @@ def test_scales_are_rounded_before_codes_are(kind: str, dtype: str) -> None:
     w, grid = weights()[[0, 2, 4, 5]], Grid(4, 16, kind, dtype)
     quantized = quantize(w, *fit_grid(w, grid), grid)
     assert str(quantized.scale.dtype) == f"torch.{dtype}"
-    moved = (dequantize(quantized) - w).abs().unflatten(1, (2, 16)).amax(-1)
+    moved = (quantized.dequantize() - w).abs().unflatten(1, (2, 16)).amax(-1)
     width = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
     assert bool((moved <= quantized.scale.float() * (0.5 + 15 * width) * 1.001).all())
 
@@ -119,7 +119,7 @@ def test_a_model_on_disk(name: str, tmp_path: Path) -> None:
     model, batches = build(name)
     model.save_pretrained(tmp_path / "model")
     config = RTN(bits=8, group_size=16, kind="symmetric")
-    made = quantize_rtn(tmp_path / "model", tmp_path / "out", config)
+    made = quantize_model(tmp_path / "model", tmp_path / "out", config)
     with weft.open(tmp_path / "model") as before, weft.open(made) as after:
         moved = {n for n in before if not torch.equal(before[n].torch(), after[n].torch())}
         for tensor in moved:

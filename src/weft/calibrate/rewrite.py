@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from weft.checkpoint.open import open_checkpoint
 from weft.engine.checkpoint_writer import SHARD_BYTES, CheckpointWriter, check_target
 from weft.engine.journal import WorkFolder
 from weft.engine.progress import Progress
-from weft.errors import CheckpointError, RecipeError
+from weft.errors import CheckpointError, NonFiniteError, RecipeError
 from weft.function.where import Selector, most_specific, nearest_names
 
 Writer = Callable[[Block, list[BlockTask], dict[str, Tensor]], Part]
@@ -181,6 +182,7 @@ def write_blocks(
             report = parts.report()
             if not report:
                 raise RecipeError(f"No layer was chosen by {where!r}.{nearest_names(where, seen)}")
+            _warn(report)
             config = dict(checkpoint.config)
             files = dict(finish(config, report) if finish else {})
             whole, changed_names = parts.assembled(checkpoint, config)
@@ -192,7 +194,8 @@ def write_blocks(
             whole.close()
             return target
         except Exception as error:
-            wrong = isinstance(error, RecipeError | CheckpointError)  # a second try would fail as this did
+            # a second try would fail as this did; with skip_errors it would not, where a result is not finite
+            wrong = isinstance(error, RecipeError | CheckpointError) and not isinstance(error, NonFiniteError)
             if wrong or not any((work.root / "parts").glob("*.safetensors")):
                 work.remove()
             raise
@@ -208,6 +211,18 @@ _REST = 9999  # the part of the tensors outside of blocks
 def dense(block: Block, tasks: list[BlockTask], tensors: dict[str, Tensor]) -> Part:
     """Everything in the types of the checkpoint."""
     return Part()
+
+
+def _warn(report: Mapping[str, Mapping[str, Any]]) -> None:
+    """Of layers that are not what was asked for."""
+    for key, what in (
+        ("few_rows", "changed without data, as too few rows of the data reached them:"),
+        ("failed", "left as they are:"),
+    ):
+        names = [name for name, notes in report.items() if key in notes]
+        if names:
+            reason = f" ({report[names[0]][key]})" if key == "failed" else ". More data would help"
+            warnings.warn(f"{len(names)} layers are {what} {', '.join(names[:5])}{reason}.", stacklevel=4)
 
 
 def _add_dense(part: Part, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

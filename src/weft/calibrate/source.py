@@ -22,6 +22,9 @@ from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.fingerprint import fingerprint_of
 from weft.checkpoint.open import open_checkpoint
 from weft.errors import CheckpointError, MissingDependencyError, RecipeError, did_you_mean
+from weft.function.layout import layout_of
+
+_ROW_BITS = 17  # of a mark: no block has a matrix of more rows
 
 
 class InMemory:
@@ -117,30 +120,43 @@ class FromCheckpoint(InMemory):
             names[known] = tensor
         return names
 
-    def stored_names(self, name: str, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-        """Under which name a checkpoint holds the matrix of each layer of a block; fused matrices on disk are left out.
+    def stored_names(self, name: str, layers: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, int]]]:
+        """Under which names a checkpoint holds the matrix of each layer of a block, and which of its rows.
 
-        Every layer's weight is filled with a number of its own, and the conversion to the checkpoint's form shows where it
-        ends up.
+        An expert's gate and input matrices are one layer here and two tensors in most checkpoints. Layers that a checkpoint
+        holds fused with others are left out. Every element is given its layer's number and its row's, and the conversion to
+        the checkpoint's form shows where they end up.
+
+        Returns:
+            For each layer the tensors that make it up, each with its first row and the one behind its last.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
         module = self.model.get_submodule(name)
-        marks = {f"{name}.{n}": torch.full(t.shape, -1, dtype=torch.int16) for n, t in module.state_dict().items()}
+        marks = {f"{name}.{n}": torch.full(t.shape, -1, dtype=torch.int32) for n, t in module.state_dict().items()}
         order = list(layers)
         for number, layer in enumerate(layers.values()):
-            for path, mark in _marks_of(layer, name, module, marks):
-                (mark if path is None else mark[path]).fill_(number)
+            mark = _marks_of(layer, name, module, marks)
+            rows = torch.arange(mark.shape[0], dtype=torch.int32).reshape(-1, *[1] * (mark.dim() - 1))
+            mark.copy_((rows + (number << _ROW_BITS)).expand_as(mark))
         with quiet():
             reverted: dict[str, Tensor] = revert_weight_conversion(self.model, marks)
         base = f"{self.model.base_model_prefix}."
-        found = {}
+        found: dict[str, dict[str, tuple[int, int]]] = {}
         for key, mark in reverted.items():
             known = next((k for k in (key, key.removeprefix(base), base + key) if k in self.checkpoint), None)
-            number = int(mark.flatten()[0]) if mark.numel() else -1
-            if known is not None and number >= 0 and bool((mark == number).all()):
-                found[order[number]] = known
-        return found
+            if known is None or mark.dim() < 2:
+                continue
+            for turned in (mark, mark.mT):
+                rows = turned.flatten(1)[:, 0]
+                first, last = int(rows[0]), int(rows[-1])
+                whole = first >= 0 and first >> _ROW_BITS == last >> _ROW_BITS and last - first == len(rows) - 1
+                if whole and bool((turned.flatten(1) == rows[:, None]).all()):
+                    start = first & ((1 << _ROW_BITS) - 1)
+                    found.setdefault(order[first >> _ROW_BITS], {})[known] = (start, start + len(rows))
+                    break
+        sizes = {n: layout_of(m, "weight", m.weight).seen(m.weight).shape[0] for n, m in layers.items()}
+        return {n: t for n, t in found.items() if sum(stop - start for start, stop in t.values()) == sizes[n]}
 
     def _sorted_keys(self) -> dict[str, str]:
         """The name in memory for each tensor on disk; those that the model has no place for are left out."""
@@ -323,16 +339,15 @@ def _missing(model: nn.Module, found: set[str]) -> list[str]:
     ]
 
 
-def _marks_of(
-    layer: Any, name: str, block: nn.Module, marks: Mapping[str, Tensor]
-) -> Iterator[tuple[int | None, Tensor]]:
-    """The marks of a layer's weight, and which expert's of them."""
+def _marks_of(layer: Any, name: str, block: nn.Module, marks: Mapping[str, Tensor]) -> Tensor:
+    """The marks of a layer's weight, as (out, in, …)."""
+    holder = layer.experts if isinstance(layer, Slice) else layer
+    path = next(p for p, m in block.named_modules() if m is holder)
     if isinstance(layer, Slice):
-        path = next(p for p, m in block.named_modules() if m is layer.experts)
-        yield layer.index, marks[".".join(p for p in (name, path, layer.part) if p)]
-        return
-    path = next(p for p, m in block.named_modules() if m is layer)
-    yield None, marks[".".join(p for p in (name, path, "weight") if p)]
+        mark = marks[".".join(p for p in (name, path, layer.part) if p)][layer.index]
+        return mark.mT if holder.is_transposed else mark
+    mark = marks[".".join(p for p in (name, path, "weight") if p)]
+    return layout_of(layer, "weight", mark).seen(mark)
 
 
 def _to_meta(module: nn.Module) -> None:

@@ -47,4 +47,4 @@ def describe(config: Change | Mapping[Any, Change]) -> dict[str, Any]:
     """
     if isinstance(config, Mapping):
         return {key if isinstance(key, str) else repr(key): describe(one) for key, one in config.items()}
-    return {"method": type(config).__name__, **(asdict(config) if is_dataclass(config) else {})}
+    return {"config": type(config).__name__, **(asdict(config) if is_dataclass(config) else {})}
