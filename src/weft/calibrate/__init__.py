@@ -2,13 +2,15 @@
 
 Start with :func:`weft.calibrate.collect`, which gathers statistics and can write them to a folder, and
 :class:`weft.calibrate.Statistics`, which reads them. Methods that change a model block by block use
-:func:`weft.calibrate.rewrite`, or walk by themselves: :mod:`weft.calibrate.walker`.
+:func:`weft.calibrate.rewrite` (on disk) and :func:`weft.calibrate.change_model_` (in memory), or walk by themselves:
+:mod:`weft.calibrate.walker`.
 """
 
+from weft.calibrate.change_model import change_model_
 from weft.calibrate.collect import collect
 from weft.calibrate.rewrite import rewrite
 from weft.calibrate.statistics import Statistics
 from weft.calibrate.task import BlockTask, Change
 from weft.calibrate.walker import Block, Walk
 
-__all__ = ["Block", "BlockTask", "Change", "Statistics", "Walk", "collect", "rewrite"]
+__all__ = ["Block", "BlockTask", "Change", "Statistics", "Walk", "change_model_", "collect", "rewrite"]

@@ -182,7 +182,7 @@ def write_blocks(
             report = parts.report()
             if not report:
                 raise RecipeError(f"No layer was chosen by {where!r}.{nearest_names(where, seen)}")
-            _warn(report)
+            warn_of(report)
             config = dict(checkpoint.config)
             files = dict(finish(config, report) if finish else {})
             whole, changed_names = parts.assembled(checkpoint, config)
@@ -213,8 +213,8 @@ def dense(block: Block, tasks: list[BlockTask], tensors: dict[str, Tensor]) -> P
     return Part()
 
 
-def _warn(report: Mapping[str, Mapping[str, Any]]) -> None:
-    """Of layers that are not what was asked for."""
+def warn_of(report: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn of layers that are not what was asked for."""
     for key, what in (
         ("few_rows", "changed without data, as too few rows of the data reached them:"),
         ("failed", "left as they are:"),

@@ -69,7 +69,7 @@ class Block:
         """Layers that multiply by one matrix, by full name: linear layers, GPT-2's Conv1D, single experts."""
         from weft.function.where import is_linear
 
-        found = {f"{self.name}.{p}": m for p, m in self.module.named_modules() if is_linear(m)}
+        found = {".".join(x for x in (self.name, p) if x): m for p, m in self.module.named_modules() if is_linear(m)}
         return {**found, **self.experts}
 
     def run(self, *, keep: bool = False) -> None:
