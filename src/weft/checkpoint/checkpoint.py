@@ -7,7 +7,7 @@ that each storage is transformed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from weft.errors import MissingTensorError, did_you_mean
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from weft.packed.form import Packed
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         metadata: string metadata of the files.
         folder: where companion files (tokenizer, generation config) lie, if anywhere on this machine.
         fingerprint: changes when the files change; decides whether an interrupted run may resume.
+        packed: of a quantised model, layer -> a function that reads its packed weight; ``tensors`` has the plain ones.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     metadata: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
     fingerprint: str = ""
+    packed: dict[str, Callable[[], Packed]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:
         try:

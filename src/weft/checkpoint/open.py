@@ -23,6 +23,8 @@ def open_checkpoint(model: str | os.PathLike[str] | Mapping[str, Any] | Checkpoi
             ``.pt``, ``.pth``), ``base+adapter`` (a PEFT LoRA folder on top of a base), a Hub id
             ``org/name@revision``, or a mapping of names to torch or numpy tensors.
 
+    A quantised model's packed layers are shown as the plain weights that they stand for, computed when they are read.
+
     Returns:
         A :class:`Checkpoint`; close it, or use it in a ``with`` statement.
 
@@ -39,10 +41,14 @@ def open_checkpoint(model: str | os.PathLike[str] | Mapping[str, Any] | Checkpoi
     checkpoint = _open(model)
     try:
         refuse_unbaked(checkpoint.tensors, checkpoint.name)
+        if not _may_be_quantized(checkpoint):
+            return checkpoint
+        from weft.checkpoint.quantized import dequantized
+
+        return dequantized(checkpoint)
     except CheckpointError:
         checkpoint.close()
         raise
-    return checkpoint
 
 
 def _open(model: str | os.PathLike[str] | Mapping[str, Any]) -> Checkpoint:
@@ -55,7 +61,12 @@ def _open(model: str | os.PathLike[str] | Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError("A model needs a path or a Hub id; the name given is empty.")
     path = _existing(text)
     if path is not None:
-        return open_path(path)
+        checkpoint = open_path(path)
+        if path.suffix == ".safetensors" and path.with_name("config.json").is_file():
+            config = read_json(path.with_name("config.json"))
+            if "quantization_config" in config:  # a file by itself does not say what its codes mean
+                checkpoint.config = config
+        return checkpoint
     from weft.checkpoint.hub import is_hub_id, open_hub
 
     for base, adapter in _split_adapter(text):
@@ -69,6 +80,10 @@ def _open(model: str | os.PathLike[str] | Mapping[str, Any]) -> Checkpoint:
         f"{text[:200]}: no such file or folder, and not a Hub id (org/name).{_nearby(text)} "
         "Check the spelling; paths are relative to the current folder."
     )
+
+
+def _may_be_quantized(checkpoint: Checkpoint) -> bool:
+    return "quantization_config" in checkpoint.config or any(name.endswith(".qweight") for name in checkpoint.tensors)
 
 
 def _existing(text: str) -> Path | None:

@@ -1,6 +1,7 @@
 """Weights in few bits: the forms that they take, how files hold them, and layers that multiply by them.
 
-Start at :mod:`weft.packed.form`, what a packed weight is; :mod:`weft.packed.forms` has the forms.
+Start at :mod:`weft.packed.form`, what a packed weight is; :mod:`weft.packed.forms` has the forms, and
+:mod:`weft.packed.formats` the layouts of files.
 """
 
 from weft.packed.bits import pack_bits, unpack_bits
@@ -12,6 +13,7 @@ from weft.packed.forms import (
     Lookup,
     LowRank,
     Minifloat,
+    Permuted,
     Transposed,
     Vectors,
     quantize_inputs,
@@ -25,6 +27,7 @@ __all__ = [
     "LowRank",
     "Minifloat",
     "Packed",
+    "Permuted",
     "Transposed",
     "Vectors",
     "pack_bits",

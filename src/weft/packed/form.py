@@ -32,7 +32,8 @@ class Packed:
     form: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
-        FORMS[cls.form] = cls
+        if cls.form:
+            FORMS[cls.form] = cls
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,5 +92,7 @@ def unpack(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Packed
         raise CheckpointError(f"There is no packed form {form!r}.{did_you_mean(form, FORMS)} A newer weft may know it.")
     try:
         return FORMS[form].from_tensors(tensors, settings)
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"A packed weight of the form {form!r} is damaged or incomplete: {error!r}.") from None

@@ -9,6 +9,7 @@ Lookup       levels[code] · scale of a block of consecutive weights, row after 
 Vectors      pieces of d columns, each a sum of entries of codebooks; · scale + offset of the row
 Binary       Σᵢ αᵢ · (± 1), α of each block of rows and columns
 Transposed   another form's matrix, transposed: groups along the outputs
+Permuted     another form's matrix with its columns in another order: groups of columns that lie apart
 LowRank      another form's matrix + left · right
 Activations  another form's matrix, with inputs that are quantised too when it is multiplied by
 ===========  ==========================================================================================
@@ -92,6 +93,7 @@ class Affine(Packed):
             zero = torch.zeros_like(scale)
         elif zero.dtype == torch.uint8:
             zero = zero.to(scale.dtype) + low
+        _check(scale.is_floating_point() and zero.is_floating_point(), "scales are no floating-point numbers")
         _check(scale.shape == zero.shape and len(scale) == len(codes), "scales and codes differ in their rows")
         _check(scale.dim() == 2 and scale.shape[1] > 0 and codes.shape[1] % scale.shape[1] == 0, "groups do not divide")
         return cls(codes, scale, zero, bits, low)
@@ -106,7 +108,7 @@ class Minifloat(Packed):
         scale: (⌈out / block[0]⌉, ⌈in / block[1]⌉) floating point.
         kind: a key of ``MINIFLOATS``.
         block: rows and columns that share a scale.
-        global_scale: 0-d float32 that multiplies all, or None.
+        global_scale: 0-d floating point that multiplies the scales (in float64, rounded to float32 once), or None.
 
     >>> made = Minifloat(torch.tensor([[2, 15]], dtype=torch.uint8), torch.tensor([[0.5]]), "e2m1", (1, 2))
     >>> made.dequantize().tolist(), unpack(made.tensors(), made.settings()).dequantize().tolist()
@@ -134,7 +136,7 @@ class Minifloat(Packed):
         values = minifloat_levels(self.kind).to(self.codes.device)[self.codes.long()]
         scale = self.scale.float()
         if self.global_scale is not None:
-            scale = scale * self.global_scale.float()
+            scale = (scale.double() * self.global_scale.double()).float()
         return values * _spread(scale, self.block, self.shape)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -154,6 +156,7 @@ class Minifloat(Packed):
         _check(len(block) == 2 and codes.dim() == 2 and codes.shape[1] == columns, "codes are no matrix of that width")
         expected = (-(-codes.shape[0] // block[0]), -(-columns // block[1]))
         _check(tensors["scale"].shape == expected, f"scales are not {list(expected)}")
+        _check(tensors["scale"].is_floating_point(), "scales are no floating-point numbers")
         return cls(codes, tensors["scale"], kind, (block[0], block[1]), tensors.get("global_scale"))
 
 
@@ -211,7 +214,8 @@ class Lookup(Packed):
             values = self.levels[0][codes]
         else:
             values = self.levels[self.table.long().unsqueeze(1), codes]
-        blocks = in_blocks(values.float().flatten(), self.block_size) * self.scales().unsqueeze(1)
+        size = min(self.block_size, codes.numel())
+        blocks = in_blocks(values.float().flatten(), size) * self.scales().unsqueeze(1)
         return blocks.flatten()[: codes.numel()].reshape(codes.shape)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -228,10 +232,16 @@ class Lookup(Packed):
         levels, columns, block_size = tensors["levels"], int(settings["columns"]), int(settings["block_size"])
         codes = unpack_bits(tensors["codes"], max(1, (levels.shape[1] - 1).bit_length()), columns)
         _check(int(codes.max()) < levels.shape[1], "a code has no level")
-        _check(len(tensors["scale"]) == -(-codes.numel() // block_size), "scales do not fit the blocks")
+        scale, nested, mean = tensors["scale"], tensors.get("nested_scale"), tensors.get("mean")
+        _check(scale.shape == (-(-codes.numel() // block_size),), "scales do not fit the blocks")
+        if scale.dtype == torch.uint8:
+            _check(nested is not None and nested.shape == (-(-len(scale) // NESTED),), "scales of scales do not fit")
+            _check(mean is not None and mean.dim() == 0, "the mean of scales is missing")
+        else:
+            _check(scale.is_floating_point() and nested is None, "scales are no floating-point numbers")
         table = tensors.get("table")
-        _check(len(levels) == 1 if table is None else int(table.max()) < len(levels), "a row has no table")
-        return cls(codes, levels, tensors["scale"], block_size, tensors.get("nested_scale"), tensors.get("mean"), table)
+        _check(len(levels) == 1 if table is None else _fits(table, len(codes), len(levels)), "a row has no table")
+        return cls(codes, levels, scale, block_size, nested, mean, table)
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,11 +305,13 @@ class Vectors(Packed):
             for i, b in enumerate(books)
         ]
         _check(all(int(one.max()) < b.shape[1] for one, b in zip(indices, books)), "an index has no entry")
-        table = tensors.get("table")
+        table, scale, offset = tensors.get("table"), tensors.get("scale"), tensors.get("offset")
+        rows = len(indices[0])
         _check(
-            all(int(table.max()) < len(b) if table is not None else len(b) == 1 for b in books), "a row has no table"
+            all(_fits(table, rows, len(b)) if table is not None else len(b) == 1 for b in books), "a row has no table"
         )
-        return cls(torch.stack(indices), books, columns, table, tensors.get("scale"), tensors.get("offset"))
+        _check(all(t is None or t.shape == (rows,) for t in (scale, offset)), "scales or offsets do not fit the rows")
+        return cls(torch.stack(indices), books, columns, table, scale, offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -397,6 +409,38 @@ class Transposed(_Around):
 
 
 @dataclass(frozen=True, eq=False)
+class Permuted(_Around):
+    """Another form's matrix with its columns in another order.
+
+    Attributes:
+        inner: the form.
+        order: (in,) int32, the column that each of the inner's columns is.
+
+    >>> inner = Affine(torch.tensor([[1, 2]], dtype=torch.int16), torch.ones(1, 1), torch.zeros(1, 1), 4, 0)
+    >>> Permuted(inner, torch.tensor([1, 0], dtype=torch.int32)).dequantize().tolist()
+    [[2.0, 1.0]]
+    """
+
+    form: ClassVar[str] = "permuted"
+    inner: Packed
+    order: Tensor
+
+    def dequantize(self) -> Tensor:
+        made = self.inner.dequantize()
+        return torch.empty_like(made).index_copy_(1, self.order.long(), made)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "order": self.order.to(torch.int32).contiguous()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
+        inner, order = _inner(tensors, settings), tensors["order"]
+        everyone = torch.arange(inner.shape[1], device=order.device)
+        _check(order.shape == everyone.shape and torch.equal(order.long().sort()[0], everyone), "no order of columns")
+        return cls(inner, order)
+
+
+@dataclass(frozen=True, eq=False)
 class LowRank(_Around):
     """Another form's matrix + left · right.
 
@@ -432,38 +476,47 @@ class Activations(_Around):
         inner: the form.
         kind: int8 (−128 … 127) or e4m3.
         input_scale: 0-d float32 for all inputs; None: each row of inputs (token) has its own, from its largest value.
+        group_size: consecutive columns of a row of inputs that share a scale where ``input_scale`` is None; 0: all.
     """
 
     form: ClassVar[str] = "activations"
     inner: Packed
     kind: str
     input_scale: Tensor | None = None
+    group_size: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
         made = super().tensors()
         return made if self.input_scale is None else {**made, "input_scale": self.input_scale}
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "kind": self.kind}
+        return {**super().settings(), "kind": self.kind, **({"group_size": self.group_size} if self.group_size else {})}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
-        kind = str(settings["kind"])
+        kind, inner, group_size = str(settings["kind"]), _inner(tensors, settings), int(settings.get("group_size", 0))
         _check(kind in ("int8", "e4m3"), f"inputs of {kind} are not known")
-        return cls(_inner(tensors, settings), kind, tensors.get("input_scale"))
+        _check(group_size >= 0, "groups of inputs do not divide")
+        _check(not group_size or inner.shape[1] % group_size == 0, "groups of inputs do not divide")
+        scale = tensors.get("input_scale")
+        _check(scale is None or scale.dim() == 0, "the scale of inputs is no single number")
+        return cls(inner, kind, scale, group_size)
 
 
-def quantize_inputs(x: Tensor, kind: str, scale: Tensor | None = None) -> Tensor:
+def quantize_inputs(x: Tensor, kind: str, scale: Tensor | None = None, group_size: int = 0) -> Tensor:
     """Inputs on the values that a layer with quantised inputs sees: (…, in) -> (…, in) of the same type.
 
     Args:
         x: inputs; computed in float32.
         kind: int8 or e4m3.
         scale: 0-d; each row's largest size / the largest code if None.
+        group_size: without a scale, each group of so many columns has its own; 0: the row.
 
     >>> quantize_inputs(torch.tensor([[127.0, 3.4, -1.6]]), "int8").tolist()
     [[127.0, 3.0, -2.0]]
     """
+    if group_size and scale is None:
+        return quantize_inputs(x.unflatten(-1, (-1, group_size)), kind).flatten(-2)
     wide = x.float()
     limit = 127.0 if kind == "int8" else MINIFLOATS["e4m3"][3]
     if scale is None:
@@ -526,8 +579,13 @@ def in_blocks(flat: Tensor, size: int) -> Tensor:
 
 def _spread(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """A number for each block -> one for each element."""
-    wide = scale.repeat_interleave(block[0], 0)[: shape[0]]
-    return wide.repeat_interleave(block[1], 1)[:, : shape[1]]
+    wide = scale.repeat_interleave(min(block[0], shape[0]), 0)[: shape[0]]
+    return wide.repeat_interleave(min(block[1], shape[1]), 1)[:, : shape[1]]
+
+
+def _fits(table: Tensor, rows: int, tables: int) -> bool:
+    """Whether each row has a table."""
+    return table.shape == (rows,) and table.dtype == torch.uint8 and int(table.max()) < tables
 
 
 def _check(holds: bool, why: str) -> None:
