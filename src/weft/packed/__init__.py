@@ -1,9 +1,11 @@
 """Weights in few bits: the forms that they take, how files hold them, and layers that multiply by them.
 
-Start at :mod:`weft.packed.form`, what a packed weight is; :mod:`weft.packed.forms` has the forms.
+Start at :mod:`weft.packed.form`, what a packed weight is; :mod:`weft.packed.forms` has the forms,
+:mod:`weft.packed.linear` the layers.
 """
 
 from weft.packed.bits import pack_bits, unpack_bits
+from weft.packed.experts import QuantizedExperts
 from weft.packed.form import Packed, unpack
 from weft.packed.forms import (
     Activations,
@@ -16,6 +18,8 @@ from weft.packed.forms import (
     Vectors,
     quantize_inputs,
 )
+from weft.packed.linear import QuantizedEmbedding, QuantizedLinear, using_backend
+from weft.packed.replace import replace_
 
 __all__ = [
     "Activations",
@@ -25,10 +29,15 @@ __all__ = [
     "LowRank",
     "Minifloat",
     "Packed",
+    "QuantizedEmbedding",
+    "QuantizedExperts",
+    "QuantizedLinear",
     "Transposed",
     "Vectors",
     "pack_bits",
     "quantize_inputs",
+    "replace_",
     "unpack",
     "unpack_bits",
+    "using_backend",
 ]
