@@ -28,7 +28,7 @@ from weft.engine.adapter_writer import NO_TARGET, task_type
 from weft.errors import CheckpointError, RecipeError
 from weft.function.adapter import PeftForm
 from weft.function.classes import unwrapped
-from weft.function.layout import is_conv1d
+from weft.function.layout import is_conv1d, is_packed
 from weft.function.stack import Stack, gathered
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -139,13 +139,20 @@ def _factors(weight: AdaptedWeight, convert: bool, said: _Said) -> None:
         raise CannotSayError("the model itself is one layer, which has no name in PEFT")
     said.forms[path] = form
     said.tensors |= _placed(weight, form)
-    said.transposed |= is_conv1d(weight.layer)
+    said.transposed |= _stores_transposed(weight)
+
+
+def _stores_transposed(weight: AdaptedWeight) -> bool:
+    """Whether PEFT meets a layer that stores (in, out) there; a packed one stands for such a layer or not."""
+    return bool(is_conv1d(weight.layer) or (is_packed(weight.module) and weight.module.transposed))
 
 
 def _placed(weight: AdaptedWeight, form: PeftForm) -> dict[str, Tensor]:
     """A form's tensors by PEFT's names, in PEFT's shapes for the kind of layer."""
     layer, module, start = weight.layer, weight.module, PREFIX + weight.path
-    if layer is nn.Linear or (is_conv1d(layer) and form.type == "LORA"):
+    turned = _stores_transposed(weight)
+    plain = layer is nn.Linear or is_packed(module)
+    if (plain and not turned) or (form.type == "LORA" and turned):
         return {f"{start}.{n}": t for n, t in form.tensors.items()}
     factors = [form.tensors[n] for n in ("lora_A.weight", "lora_B.weight") if form.type == "LORA"]
     if factors and isinstance(module, nn.Embedding) and _looks_up_plainly(module, layer):
@@ -304,7 +311,7 @@ def read_peft(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[Sto
                 "`weft bake`."
             )
         layer = modules[full.rpartition(".")[0]]
-        linear = isinstance(layer, nn.Linear) or is_conv1d(type(layer))
+        linear = isinstance(layer, nn.Linear) or is_conv1d(type(layer)) or is_packed(layer)
         lora = LoRA(
             rank=config.rank_of(module), alpha=config.alpha_of(module), rslora=config.rslora,
             dropout=dropout if linear else 0.0,
@@ -395,7 +402,7 @@ def _refuse_missing(
     adaptable = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
     missing = [
         p for p, m in modules.items()
-        if chosen(p) and p not in found and (isinstance(m, adaptable) or is_conv1d(type(m)))
+        if chosen(p) and p not in found and (isinstance(m, adaptable) or is_conv1d(type(m)) or is_packed(m))
         and not any(re.match(rf"(^|.*\.){re.escape(s)}($|\..*)", p) for s in saved)
     ]  # fmt: skip
     if missing and found:

@@ -17,7 +17,7 @@ from weft.function.adapter import Adapter
 from weft.function.attach import functions
 from weft.function.classes import Carrier, take_off, unwrapped
 from weft.function.protocol import WeightFunction
-from weft.function.stack import Stack
+from weft.function.stack import PackedStack, Stack
 from weft.function.updates import stop_updating
 
 
@@ -190,7 +190,7 @@ def take_out(model: nn.Module, unwanted: Iterable[WeightFunction]) -> None:
     for full, stack in stacks.items():
         if len(stack):
             continue
-        stored = stack.original
+        stored = None if isinstance(stack, PackedStack) else stack.original
         if isinstance(stored, nn.Parameter):
             stored.requires_grad_(stack.trained)
         owner, _, name = full.rpartition(".")

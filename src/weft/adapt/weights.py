@@ -15,8 +15,9 @@ from weft.errors import CheckpointError, RecipeError, ShapeError, did_you_mean
 from weft.function.adapter import Adapter
 from weft.function.attach import functions
 from weft.function.classes import unwrapped
+from weft.function.layout import is_packed
 from weft.function.protocol import FunctionConfig, WeightFunction
-from weft.function.stack import Stack
+from weft.function.stack import PackedStack, Stack
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def plain_tensors(model: nn.Module) -> dict[str, Any]:
         if ".parametrizations" in f".{path}":
             continue
         held = {**module._parameters, **module._buffers}
+        if is_packed(module):
+            held["weight"] = PackedStack(module)
         held |= {n: module.parametrizations[n] for n in getattr(type(module), "weft_names", ())}
         found.update({f"{path}.{n}" if path else n: v for n, v in held.items() if v is not None})
     return found

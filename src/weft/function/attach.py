@@ -15,9 +15,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from weft.errors import RecipeError
 from weft.function.classes import Carrier, put_on, take_off, unwrapped
 from weft.function.export import bake_on_save
-from weft.function.layout import Layout, layout_of
+from weft.function.layout import Layout, is_packed, layout_of
 from weft.function.protocol import FunctionConfig, WeightFunction
-from weft.function.stack import Stack, is_sharded
+from weft.function.stack import PackedStack, Stack, is_sharded
 from weft.function.updates import stop_updating, update_before_forward
 from weft.function.where import Selector, matches, most_specific, nearest_names, output_heads, texts
 from weft.method import configure
@@ -100,7 +100,7 @@ def parametrize_(
     _refuse_wrapped(model)
     model = unwrapped(model)  # what torch.compile has wrapped compiles again when it changes
     cases = {s: _checked(c) for s, c in (config if isinstance(config, Mapping) else {"*": config}).items()}
-    places = list(_places(model))
+    places = list(_places(model, packed=True))
     vectors = any(getattr(c, "takes_vectors", False) for c in cases.values())
     layers = [p for p in places if p.name == name and _is_weight(p, vectors)]
     report, chosen = Attached(), {}
@@ -208,6 +208,11 @@ def bake_(model: nn.Module, where: Selector = "*", *, ignore: Selector = ()) -> 
         wanted = any(matches(where, path, m, heads) and not matches(ignore, path, m, heads) for path, m in paths)
         if not wanted:
             continue
+        if isinstance(tied[0].held, PackedStack):
+            raise RecipeError(
+                f"{tied[0].full} is packed, and its functions cannot be baked into few bits; bake them into the dense "
+                "weight and quantise that, or merge them for evaluation with weft.adapt.merge_."
+            )
         if any(map(is_sharded, tied[0].held.parameters())):
             raise RecipeError(
                 f"{tied[0].full} is sharded and cannot be baked in place. Write weft.plain_state_dict(model), which "
@@ -230,7 +235,8 @@ def _attach(
     for place in places:
         groups.setdefault(id(place.held), []).append(place)
     wanted: list[tuple[list[_Place], _Place, Layout]] = []
-    sources = {id(p.held.original): p.full for p in places if isinstance(p.held, Stack)}
+    dense = [p for p in places if isinstance(p.held, Stack) and not isinstance(p.held, PackedStack)]
+    sources = {id(p.held.original): p.full for p in dense}
     for tied in groups.values():
         first = next((p for p in tied if p.full in chosen), None)
         if first is None:
@@ -274,7 +280,10 @@ def _attach(
         stack = _put(tied[0].held, function, layout)
         stack.training = function.training
         for place in tied:
-            if not isinstance(place.held, Stack) and place.name in (*place.module._parameters, *place.module._buffers):
+            fresh = isinstance(place.held, PackedStack) and not isinstance(place.module, Carrier)
+            if fresh or (
+                not isinstance(place.held, Stack) and place.name in (*place.module._parameters, *place.module._buffers)
+            ):
                 put_on(place.module, place.name, stack)
             report.touched[place.full] = config
         first = next(p for p in tied if p.full in chosen)
@@ -315,6 +324,10 @@ def _built(place: _Place, config: Any, layout: Layout, tried: set[Any]) -> Weigh
         except RecipeError as error:
             raise RecipeError(f"{place.full}: {error}") from None
         function = function.to(weight.device).train(place.module.training)
+        if isinstance(place.held, PackedStack) and _stores_otherwise(function):
+            raise RecipeError(
+                f"{place.full} is packed, and {type(function).__name__} changes what is stored; unpack the layer first."
+            )
         if isinstance(place.held, Stack) and _stores_otherwise(function):
             fixed = next((type(f).__name__ for f in place.held if not _stores_otherwise(f)), "")
             if fixed:
@@ -343,7 +356,7 @@ def _put(held: Tensor | Stack, function: WeightFunction, layout: Layout) -> Stac
             value = beneath.right_inverse(value)
         stack.original.copy_(layout.stored(value))
     stack.append(function)
-    if function.freezes:
+    if function.freezes and not isinstance(stack, PackedStack):
         stack.original.requires_grad_(False)
         stack.original.grad = None  # an optimizer made before would still take a step with it
     return stack
@@ -361,6 +374,8 @@ def _refuse_shared_memory(place: _Place, places: list[_Place]) -> None:
 
 
 def _memory(place: _Place) -> Any:
+    if isinstance(place.held, PackedStack):
+        return id(place.held)
     stored = place.held.original if isinstance(place.held, Stack) else place.held
     if isinstance(stored, nn.parameter.UninitializedTensorMixin) or stored.layout != torch.strided:
         return id(stored)
@@ -378,8 +393,11 @@ def _baked(stack: Stack) -> Tensor:
     return nn.Parameter(value, requires_grad=stack.trained) if isinstance(stack.original, nn.Parameter) else value
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
-    """All tensors of a model's layers, under all their names; those inside functions are no layer's."""
+def _places(model: nn.Module, packed: bool = False) -> Iterator[_Place]:
+    """All tensors of a model's layers, under all their names; those inside functions are no layer's.
+
+    ``packed``: also the weights of layers that hold them packed, each as a stack without functions.
+    """
     inside: set[nn.Module] = set()
     for path, module in unwrapped(model).named_modules(remove_duplicate=False):
         if module in inside:
@@ -388,6 +406,8 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         if isinstance(module, Carrier):
             held.update({n: module.parametrizations[n] for n in module.weft_names})
             inside.update(m for n in module.weft_names for m in module.parametrizations[n].modules())
+        elif packed and is_packed(module):
+            held["weight"] = PackedStack(module)
         for name, value in held.items():
             if value is not None:
                 yield _Place(f"{path}.{name}" if path else name, module, name, value)
@@ -405,7 +425,9 @@ def _layout(place: _Place) -> Layout:
 
 def _is_weight(place: _Place, vectors: bool = False) -> bool:
     held = place.held
-    if isinstance(held, Stack):
+    if isinstance(held, PackedStack):
+        held = held.like
+    elif isinstance(held, Stack):
         held = held.original
     if isinstance(held, nn.parameter.UninitializedTensorMixin):
         return True

@@ -58,7 +58,9 @@ def _carrier(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         **{name: _computed(name) for name in names},
     }
-    if "weight" in names and _is_plain_linear(base):
+    if "weight" in names and getattr(base, "packed_linear", False):
+        space["forward"] = _packed_forward
+    elif "weight" in names and _is_plain_linear(base):
         space["forward"] = _linear_forward(base)
     elif "weight" in names and issubclass(base, nn.Embedding) and base.forward is nn.Embedding.forward:
         space["forward"] = _embedding_forward(base)
@@ -131,8 +133,8 @@ def put_on(module: nn.Module, name: str, stack: Stack) -> None:
     module.__class__ = carrier(base, (*names, name))
 
 
-def take_off(module: Any, name: str, weight: Tensor) -> None:
-    """Make tensor ``name`` of a carrier a plain one again."""
+def take_off(module: Any, name: str, weight: Tensor | None) -> None:
+    """Make tensor ``name`` of a carrier a plain one again; None for that of a packed layer."""
     base: type[nn.Module] = module.weft_base
     names = tuple(n for n in module.weft_names if n != name)
     del module.parametrizations[name]
@@ -141,7 +143,9 @@ def take_off(module: Any, name: str, weight: Tensor) -> None:
     else:
         del module.parametrizations
         module.__class__ = base
-    if isinstance(weight, nn.Parameter):
+    if weight is None:
+        pass  # a layer over a packed weight has it still
+    elif isinstance(weight, nn.Parameter):
         module.register_parameter(name, weight)
     else:
         module.register_buffer(name, weight)
@@ -215,6 +219,13 @@ def _linear_forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
         return y + (bias if bias.dtype == y.dtype else bias.to(y.dtype))  # autocast leaves sums alone
 
     return forward
+
+
+def _packed_forward(self: Any, x: Tensor) -> Tensor:
+    """x (…, in) -> (…, out): without unpacking the weight where every function multiplies without building its own."""
+    stack: Stack = self._modules["parametrizations"]._modules["weight"]
+    y = stack.multiply(x)
+    return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def _embedding_forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:

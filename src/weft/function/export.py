@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from weft.checkpoint.save import save_tensors
 from weft.checkpoint.unbaked import refuse_unbaked
-from weft.errors import OutputError
+from weft.errors import OutputError, RecipeError
 from weft.function.classes import Carrier, unwrapped
-from weft.function.stack import gathered
+from weft.function.stack import PackedStack, gathered
 
 
 def plain_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -29,6 +29,9 @@ def plain_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None
 
     Returns:
         Names as the plain model has them; computed weights are detached copies, tied names share one tensor.
+
+    Raises:
+        RecipeError: a computed weight is packed.
 
     >>> import weft
     >>> from weft.normalize import WeightStandardization
@@ -45,6 +48,11 @@ def plain_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None
             continue
         for name in module.weft_names:
             stack = module.parametrizations[name]
+            if isinstance(stack, PackedStack):
+                raise RecipeError(
+                    f"{path}.{name} is packed, and with its functions it is no packed weight: save the adapter alone "
+                    "(weft.adapt.save_adapter), or the model before functions were attached."
+                )
             prefix = f"{path}.parametrizations.{name}." if path else f"parametrizations.{name}."
             parts = {n.removeprefix(prefix): whole.pop(n) for n in list(whole) if n.startswith(prefix)}
             if id(stack) not in computed and parts:

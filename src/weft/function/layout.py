@@ -79,6 +79,11 @@ def is_conv1d(kind: type) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers") for c in kind.__mro__)
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module is a linear layer over a packed weight (``weft.packed``, which is not imported to know)."""
+    return getattr(module, "packed_linear", False) is True
+
+
 def _stores_transposed(kind: type) -> bool:
     return any(c.__name__ in _TRANSPOSED_EXPERTS and c.__module__.startswith("transformers") for c in kind.__mro__)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +176,40 @@ class Stack(nn.ModuleList):
         if function.has_lookup:
             return partial(function.lookup, inner=self._looked(count - 1))
         return partial(_take, table=self.weight(count))
+
+
+class PackedStack(Stack):
+    """Functions over the packed weight of a layer, which keeps it: it is unpacked where a function needs the matrix.
+
+    What it computes is (out, in), also where the layer stands for one that stores (in, out).
+    """
+
+    def __init__(self, layer: Any):
+        nn.ModuleList.__init__(self)
+        self._layer = (layer,)  # in a tuple it is no part of this module
+        self.layout = Layout()
+        self.trained = False
+        self.register_buffer("merged", None, persistent=False)
+        self.note()
+
+    @property
+    def original(self) -> Tensor:
+        """The matrix, unpacked anew whenever it is asked for."""
+        layer = self._layer[0]
+        made: Tensor = layer.unpacked()
+        return made
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor without values, of the matrix's shape and type."""
+        layer = self._layer[0]
+        return torch.empty(layer.shape, dtype=layer.dtype or torch.float32, device="meta")
+
+    def _inner(self, count: int) -> Inner:
+        if count == 0:
+            inner: Inner = self._layer[0].multiply
+            return inner
+        return super()._inner(count)
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 from torch import nn
 
 from weft.errors import RecipeError, did_you_mean
-from weft.function.layout import is_conv1d
+from weft.function.layout import is_conv1d, is_packed
 
 Selector = str | type | Callable[[str, nn.Module], bool] | Sequence["Selector"]
 ALL_LINEAR = "all-linear"
@@ -34,8 +34,8 @@ HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier", "qa_outp
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by one matrix: ``nn.Linear`` and transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(type(module))
+    """Whether a module multiplies by one matrix: ``nn.Linear``, transformers' Conv1D, and linear layers over packed weights."""
+    return isinstance(module, nn.Linear) or is_conv1d(type(module)) or is_packed(module)
 
 
 def output_heads(model: nn.Module) -> set[int]:

@@ -2,9 +2,12 @@
 
 Start at :mod:`weft.packed.form`, what a packed weight is; :mod:`weft.packed.forms` has the forms, and
 :mod:`weft.packed.formats` the layouts of files.
+Start at :mod:`weft.packed.form`, what a packed weight is; :mod:`weft.packed.forms` has the forms,
+:mod:`weft.packed.linear` the layers.
 """
 
 from weft.packed.bits import pack_bits, unpack_bits
+from weft.packed.experts import QuantizedExperts
 from weft.packed.form import Packed, unpack
 from weft.packed.forms import (
     Activations,
@@ -18,6 +21,8 @@ from weft.packed.forms import (
     Vectors,
     quantize_inputs,
 )
+from weft.packed.linear import QuantizedEmbedding, QuantizedLinear, using_backend
+from weft.packed.replace import replace_
 
 __all__ = [
     "Activations",
@@ -28,10 +33,15 @@ __all__ = [
     "Minifloat",
     "Packed",
     "Permuted",
+    "QuantizedEmbedding",
+    "QuantizedExperts",
+    "QuantizedLinear",
     "Transposed",
     "Vectors",
     "pack_bits",
     "quantize_inputs",
+    "replace_",
     "unpack",
     "unpack_bits",
+    "using_backend",
 ]

@@ -1,0 +1,124 @@
+"""Some rows of a packed matrix, from the tensors that files and layers hold, without unpacking the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from weft.packed.form import unpack
+from weft.packed.forms import NESTED, dynamic_map
+
+Parts: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
+Rows: TypeAlias = slice | Tensor
+
+
+def inside(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Parts:
+    """Tensors and settings of the form that another is put around.
+
+    >>> inside({"inner_codes": torch.zeros(1), "left": torch.zeros(1)}, {"form": "low-rank", "inner": {"form": "affine"}})
+    ({'codes': tensor([0.])}, {'form': 'affine'})
+    """
+    kept = {name.removeprefix("inner_"): t for name, t in tensors.items() if name.startswith("inner_")}
+    return kept, settings["inner"]
+
+
+def some_rows(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], rows: Rows) -> Parts | None:
+    """Tensors and settings of a packed matrix of some of the rows.
+
+    Args:
+        tensors, settings: of a packed matrix.
+        rows: a slice, or (n,) int64 on the tensors' device; rows may repeat.
+
+    Returns:
+        Those of the smaller matrix; None where rows share what says them, as those of a transposed matrix do.
+    """
+    form, made = settings["form"], dict(tensors)
+    if form == "affine":
+        return {name: t[rows] for name, t in tensors.items()}, dict(settings)
+    if form in ("minifloat", "binary"):
+        block = tuple(settings["block"])
+        if form == "minifloat":
+            made["codes"] = tensors["codes"][rows]
+            made["scale"] = tensors["scale"][_numbers(tensors["codes"], rows) // block[0]]
+        else:
+            made["signs"] = tensors["signs"][:, rows]
+            made["alpha"] = tensors["alpha"][:, _numbers(tensors["signs"][0], rows) // block[0]]
+        return made, {**settings, "block": [1, block[1]]}
+    if form == "vectors":
+        shared = [name for name in tensors if name.startswith("codebook_")]
+        return {name: t if name in shared else t[rows] for name, t in tensors.items()}, dict(settings)
+    if form == "lookup":
+        return _lookup(tensors, settings, rows)
+    if form in ("low-rank", "activations"):
+        part = some_rows(*inside(tensors, settings), rows)
+        if part is None:
+            return None
+        made = {name: t for name, t in tensors.items() if not name.startswith("inner_")}
+        if form == "low-rank":
+            made["left"] = tensors["left"][rows]
+        return {**made, **{f"inner_{name}": t for name, t in part[0].items()}}, {**settings, "inner": part[1]}
+    return None
+
+
+def dequantize(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], rows: Rows | None = None) -> Tensor:
+    """The matrix of a packed weight's tensors, or some of its rows: (rows, in) float32.
+
+    The same bits as ``unpack(tensors, settings).dequantize()``; a compiled loop makes those of grids on a CPU.
+    """
+    if rows is not None:
+        part = some_rows(tensors, settings, rows)
+        if part is None:
+            return dequantize(tensors, settings)[rows]
+        tensors, settings = part
+    form = settings["form"]
+    if form == "activations":
+        return dequantize(*inside(tensors, settings))
+    if form == "transposed":
+        return dequantize(*inside(tensors, settings)).T.contiguous()
+    if form == "low-rank":
+        return dequantize(*inside(tensors, settings)) + tensors["left"].float() @ tensors["right"].float()
+    if form == "affine" and tensors["codes"].device.type == "cpu":
+        return _affine(tensors, settings)
+    return unpack(tensors, settings).dequantize()
+
+
+def _affine(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    from weft.kernels.unpack import affine
+
+    codes, scale, zero, low = tensors["codes"], tensors["scale"], tensors.get("zero"), int(settings["low"])
+    if zero is None:
+        zero = torch.zeros_like(scale)
+    wide = zero.float() + low if zero.dtype == torch.uint8 else zero.float()
+    made = torch.empty(len(codes), int(settings["columns"]))
+    words, s, z = (t.contiguous().numpy() for t in (codes, scale.float(), wide))
+    affine(words, int(settings["bits"]), low, s, z, made.numpy(), torch.get_num_threads())
+    return made
+
+
+def _lookup(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], rows: Rows) -> Parts | None:
+    columns, size = int(settings["columns"]), int(settings["block_size"])
+    made = {"codes": tensors["codes"][rows], "levels": tensors["levels"]}
+    if "table" in tensors:
+        made["table"] = tensors["table"][rows]
+    numbers = _numbers(tensors["codes"], rows)
+    if columns % size == 0:
+        count = columns // size
+        blocks = (numbers.unsqueeze(1) * count + torch.arange(count, device=numbers.device)).flatten()
+    elif size % columns == 0:
+        blocks, size = numbers // (size // columns), columns
+    else:
+        return None
+    scale = tensors["scale"][blocks]
+    if "nested_scale" in tensors:
+        values = dynamic_map().to(scale.device)[scale.long()]
+        scale = values * tensors["nested_scale"][blocks // NESTED] + tensors["mean"]
+    return {**made, "scale": scale}, {**settings, "block_size": size}
+
+
+def _numbers(table: Tensor, rows: Rows) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows
+    return torch.arange(*rows.indices(len(table)), device=table.device)
