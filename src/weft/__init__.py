@@ -30,6 +30,7 @@ _PUBLIC = {
     "save": ("weft.function.export", "save"),
     "prune": ("weft.prune", ""),
     "quantize": ("weft.quantize", ""),
+    "quantize_": ("weft.quantize.run", "quantize_"),
     "run": ("weft.recipe.run", "run"),
     "symmetry": ("weft.symmetry", ""),
     "open": ("weft.checkpoint.open", "open_checkpoint"),
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from weft.function.attach import parametrize_ as parametrize_
     from weft.function.export import plain_state_dict as plain_state_dict
     from weft.function.export import save as save
+    from weft.quantize.run import quantize_ as quantize_
     from weft.recipe.run import run as run
 
 

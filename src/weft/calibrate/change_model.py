@@ -18,10 +18,10 @@ from weft.calibrate.collectors import KINDS
 from weft.calibrate.experts import unfused
 from weft.calibrate.forward import call
 from weft.calibrate.per_sample import evaluating
-from weft.calibrate.rewrite import change_block, warn_of
+from weft.calibrate.rewrite import Loaded, change_block, explicit, rest_of, warn_of
 from weft.calibrate.source import InMemory, find_blocks
 from weft.calibrate.statistics import Statistics
-from weft.calibrate.task import as_changes
+from weft.calibrate.task import Change, as_changes
 from weft.calibrate.walker import Block, Walk
 from weft.calibrate.watch import check_what
 from weft.engine.progress import Progress
@@ -86,7 +86,7 @@ def change_model_(
     progress = progress or Progress()
     made = Changed()
     seen: list[tuple[str, nn.Module]] = []
-    for block in _blocks(model, data, blocks, memory, targets, progress):
+    for block in _blocks(model, data, blocks, memory, targets, progress, explicit(changes)):
         seen += block.linears().items()
         for task in change_block(block, changes, where, held, extra, seed, skip_errors):
             made.packed |= task.packed
@@ -99,7 +99,8 @@ def change_model_(
 
 
 def _blocks(
-    model: nn.Module, data: list[Any] | None, blocks: str | Sequence[str], memory: int, targets: bool, progress: Progress
+    model: nn.Module, data: list[Any] | None, blocks: str | Sequence[str], memory: int, targets: bool, progress: Progress,
+    beyond: Mapping[Any, Change],
 ) -> Iterator[Block]:  # fmt: skip
     try:
         names = [n for stack in find_blocks(model, blocks) for n in stack]
@@ -111,11 +112,14 @@ def _blocks(
     if names and data is not None:
         with Walk(model, data, blocks=blocks, memory=memory, targets=targets) as walk:
             yield from walk
+            yield from rest_of(walk, beyond)
         return
     for number, name in enumerate(names or [""]):
         module = model.get_submodule(name)
         with unfused(module, name) as experts, _Whole(model, module, data or [], memory, targets) as walk:
             yield Block(name, number, module, walk, dict(experts))
+    if names:
+        yield from rest_of(Loaded(InMemory(model, blocks)), beyond)
 
 
 class _Whole(Walk):

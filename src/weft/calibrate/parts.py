@@ -55,8 +55,8 @@ class Parts:
             folder.mkdir(parents=True)
             (folder / "run.json").write_text(json.dumps({"identity": identity}), encoding="utf-8")
 
-    def __contains__(self, number: int) -> bool:
-        return self._path(number).is_file()
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int) and self._path(number).is_file()
 
     def put(self, number: int, part: Part) -> None:
         """Write a block's part; it is there completely or not at all."""

@@ -17,9 +17,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -42,9 +42,21 @@ from weft.engine.checkpoint_writer import SHARD_BYTES, CheckpointWriter, check_t
 from weft.engine.journal import WorkFolder
 from weft.engine.progress import Progress
 from weft.errors import CheckpointError, NonFiniteError, RecipeError
-from weft.function.where import Selector, most_specific, nearest_names
+from weft.function.where import ALL_LINEAR, Selector, most_specific, nearest_names
+from weft.packed import Packed
 
-Writer = Callable[[Block, list[BlockTask], dict[str, Tensor]], Part]
+
+class Files(Protocol):
+    """How packed weights are written."""
+
+    def round(self, packed: Packed) -> Packed:
+        """A packed weight as files will have it."""
+
+    def block(self, block: Block, tasks: list[BlockTask]) -> Part:
+        """Packed tensors that take the place of a block's matrices."""
+
+    def finish(self, config: dict[str, Any], report: dict[str, Any]) -> Mapping[str, str]:
+        """Given the output's ``config.json``, to change in place, and the report: texts of further files."""
 
 
 def rewrite(
@@ -99,7 +111,7 @@ def rewrite(
         OutputError: the output exists or cannot be written.
     """
     return write_blocks(
-        model, batches, change, output, dense, what=what, where=where, statistics=statistics, recipe=recipe, seed=seed,
+        model, batches, change, output, None, what=what, where=where, statistics=statistics, recipe=recipe, seed=seed,
         skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check, progress=progress,
     )  # fmt: skip
 
@@ -109,7 +121,7 @@ def write_blocks(
     batches: Iterable[Any] | None,
     change: Any,
     output: str | os.PathLike[str],
-    write: Writer,
+    files: Files | None,
     *,
     what: str | Iterable[str],
     where: Selector,
@@ -122,16 +134,8 @@ def write_blocks(
     force: bool,
     check: bool,
     progress: Progress | None,
-    rest: Callable[[FromCheckpoint], Part] | None = None,
-    finish: Callable[[dict[str, Any], dict[str, Any]], Mapping[str, str]] | None = None,
 ) -> Path:
-    """:func:`rewrite` with a say in how blocks are written.
-
-    Args:
-        write: a block, the tasks that changed it, and its tensors by their names in the checkpoint -> what to write.
-        rest: what becomes of the tensors outside of blocks, when the blocks are done.
-        finish: the output's ``config.json`` (to change in place) and the report of all blocks -> further files.
-    """
+    """:func:`rewrite`, with packed weights in a format of their own where ``files`` are given."""
     changes = as_changes(change)
     extra = check_what(what, list(KINDS)) if what else []
     held = Statistics.load(statistics) if isinstance(statistics, str | os.PathLike) else statistics
@@ -157,40 +161,35 @@ def write_blocks(
                 repr(where), seed, None if held is None else held.facts.provenance, extra,
             ])  # fmt: skip
             parts = Parts(work.root / "parts", identity)
-            chosen: set[str] = set()
             seen: list[tuple[str, nn.Module]] = []
             walk_folder = None if data is None else work.root / "walk"
             targets = any(c.targets for c in changes.values())
-            source: FromCheckpoint | None = None
-            for block in _blocks(checkpoint, data, memory, check, progress, walk_folder, targets, parts):
-                assert isinstance(block.walk.source, FromCheckpoint)
-                source = block.walk.source
+            for block in _blocks(
+                checkpoint, data, memory, check, progress, walk_folder, targets, parts, explicit(changes)
+            ):
                 seen += block.linears().items()
-                tasks = change_block(block, changes, where, held, extra, seed, skip_errors)
-                chosen |= {name for task in tasks for name in task.layers}
+                tasks = change_block(
+                    block, changes, where, held, extra, seed, skip_errors, files.round if files else None
+                )
                 changed = any(task.changed for task in tasks)
                 tensors = block.stored() if changed else {}
-                part = write(block, tasks, tensors) if changed else Part()
-                if changed:
-                    _add_dense(part, tensors, checkpoint)
-                part.report |= {name: notes for task in tasks for name, notes in task.notes.items()}
-                part.report |= {name: {} for task in tasks for name in task.layers if name not in part.report}
+                part = files.block(block, tasks) if changed and files else Part()
+                _add_dense(part, tensors, checkpoint)
+                part.report = {name: task.notes.get(name, {}) for task in tasks for name in task.layers}
                 parts.put(block.number, part)
-                progress.advance(block.name, 1)
-            if rest is not None:
-                parts.put(_REST, rest(source or FromCheckpoint(checkpoint)))
+                progress.advance(block.name or "embeddings and head", 1)
             report = parts.report()
             if not report:
                 raise RecipeError(f"No layer was chosen by {where!r}.{nearest_names(where, seen)}")
             warn_of(report)
             config = dict(checkpoint.config)
-            files = dict(finish(config, report) if finish else {})
+            texts = dict(files.finish(config, report) if files else {})
             whole, changed_names = parts.assembled(checkpoint, config)
             if config != checkpoint.config:
-                files["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+                texts["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             with CheckpointWriter(whole, target, force=force, shard_bytes=shard_bytes, work=work) as writer:
                 stable = {n: {k: v for k, v in notes.items() if k != "seconds"} for n, notes in report.items()}
-                writer.publish({"weft": weft.__version__, **facts, "changed": changed_names, "layers": stable}, files)
+                writer.publish({"weft": weft.__version__, **facts, "changed": changed_names, "layers": stable}, texts)
             whole.close()
             return target
         except Exception as error:
@@ -203,14 +202,6 @@ def write_blocks(
         work.release()
         if checkpoint is not model:
             checkpoint.close()
-
-
-_REST = 9999  # the part of the tensors outside of blocks
-
-
-def dense(block: Block, tasks: list[BlockTask], tensors: dict[str, Tensor]) -> Part:
-    """Everything in the types of the checkpoint."""
-    return Part()
 
 
 def warn_of(report: Mapping[str, Mapping[str, Any]]) -> None:
@@ -238,13 +229,14 @@ def _add_dense(part: Part, tensors: Mapping[str, Tensor], checkpoint: Checkpoint
 
 def change_block(
     block: Block, changes: Mapping[Any, Change], where: Selector, held: Statistics | None, extra: list[str], seed: int,
-    skip_errors: bool,
+    skip_errors: bool, rounding: Callable[[Packed], Packed] | None = None,
 ) -> list[BlockTask]:  # fmt: skip
     """Let each change have its layers of a block, with statistics that are gathered before any of them begins."""
-    every = block_layers(block, where)
+    every = block_layers(block, "*" if block.is_rest else where)
+    known = list(explicit(changes) if block.is_rest else changes)
     mine: dict[Any, dict[str, nn.Module]] = {}
     for name, layer in every.items():
-        selector = most_specific(list(changes), name, layer)
+        selector = most_specific(known, name, layer)
         if selector is not None:
             mine.setdefault(selector, {})[name] = layer
     kinds = list(dict.fromkeys([*extra, *(k for s in mine for k in changes[s].needs)]))
@@ -254,17 +246,24 @@ def change_block(
         statistics = _statistics_of(block, kinds, needed)
     tasks = []
     for selector, layers in mine.items():
-        task = BlockTask(block, layers, statistics, seed, skip_errors)
+        task = BlockTask(block, layers, statistics, seed, skip_errors, rounding)
         changes[selector].change_block(task)
         tasks.append(task)
     return tasks
 
 
+def explicit(changes: Mapping[Any, Change]) -> dict[Any, Change]:
+    """Those that may choose layers outside of blocks: all but the ones for everything."""
+    return {selector: c for selector, c in changes.items() if selector not in ("*", ALL_LINEAR)}
+
+
 def _blocks(
     checkpoint: Checkpoint, batches: list[Any] | None, memory: int, check: bool, progress: Progress,
-    folder: Path | None, targets: bool, parts: Parts,
+    folder: Path | None, targets: bool, parts: Parts, beyond: Mapping[Any, Change],
 ) -> Iterator[Block]:  # fmt: skip
-    """Blocks of a walk that no part is of; without data, blocks that are only loaded."""
+    """Blocks of a walk that no part is of, and the rest if a change may choose layers of it; without data, blocks that are
+    only loaded.
+    """
     if batches is not None:
         with Walk(checkpoint, batches, memory=memory, folder=folder, check=check, targets=targets) as walk:
             progress.start("changing", len(walk), len(walk), "blocks")
@@ -274,6 +273,7 @@ def _blocks(
                     progress.advance(f"block {number} of an earlier run", 1)
                 done = block.number + 1
                 yield block
+            yield from rest_of(walk, beyond, parts)
         return
     source = FromCheckpoint(checkpoint)
     if check:
@@ -287,15 +287,25 @@ def _blocks(
         source.load([name])
         module = source.model.get_submodule(name)
         with unfused(module, name) as experts:
-            yield Block(name, number, module, _Loaded(source), dict(experts))
+            yield Block(name, number, module, Loaded(source), dict(experts))
         source.drop([name])
+    yield from rest_of(Loaded(source), beyond, parts)
 
 
-class _Loaded(Walk):
+def rest_of(walk: Walk, beyond: Mapping[Any, Change], done: Container[int] = ()) -> Iterator[Block]:
+    """What lies outside of blocks, as a block, if a change may choose layers of it and it is not done."""
+    chosen = [n for n, m in walk.source.rest_layers().items() if most_specific(list(beyond), n, m) is not None]
+    if chosen and len(walk) not in done:
+        with walk.rest() as block:
+            yield block
+
+
+class Loaded(Walk):
     """Stands for a walk where there is no data to walk with."""
 
     def __init__(self, source: InMemory):
-        self.source = source
+        self.source, self.model = source, source.model
+        self._names = [n for stack in source.stacks for n in stack]
 
 
 def _statistics_of(block: Block, kinds: list[str], layers: Mapping[str, nn.Module]) -> Statistics:

@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor, nn
 
 from weft.calibrate.experts import Slice
-from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.fingerprint import fingerprint_of
 from weft.checkpoint.open import open_checkpoint
 from weft.errors import CheckpointError, MissingDependencyError, RecipeError, did_you_mean
@@ -61,6 +61,30 @@ class InMemory:
         module = self.model.get_submodule(name)
         return {f"{name}.{n}": t.detach() for n, t in module.state_dict().items()}
 
+    def stored_rest(self) -> dict[str, Tensor]:
+        """The present weights of what lies outside of blocks, under the names of a checkpoint."""
+        inside = self._block_prefixes()
+        return {n: t.detach() for n, t in self.model.state_dict().items() if not n.startswith(inside)}
+
+    def stored_names(self, name: str, layers: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, int]]]:
+        """Under which names a checkpoint holds the matrix of each layer, and which of its rows; see the subclass."""
+        return {n: {f"{n}.weight": (0, _rows(m))} for n, m in layers.items()}
+
+    def rest_layers(self) -> dict[str, nn.Module]:
+        """Embeddings and linear layers outside of blocks, by full name; of tied ones the first."""
+        inside = self._block_prefixes()
+        found: dict[str, nn.Module] = {}
+        seen: set[int] = set()
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and not f"{name}.".startswith(inside):
+                if id(module.weight) not in seen:
+                    found[name] = module
+                seen.add(id(module.weight))
+        return found
+
+    def _block_prefixes(self) -> tuple[str, ...]:
+        return tuple(f"{n}." for names in self.stacks for n in names)
+
 
 class FromCheckpoint(InMemory):
     """A transformers model whose parts are read from a checkpoint when they are needed.
@@ -77,7 +101,7 @@ class FromCheckpoint(InMemory):
     def __init__(self, checkpoint: Checkpoint, model_class: Any = None, blocks: str | Sequence[str] = ()):
         self.checkpoint = checkpoint
         super().__init__(_on_meta(checkpoint, model_class), blocks)
-        self._in_blocks = tuple(f"{n}." for names in self.stacks for n in names)
+        self._in_blocks = self._block_prefixes()
         self._mapping = _conversions(self.model)
         self._keys = self._sorted_keys()
 
@@ -120,6 +144,16 @@ class FromCheckpoint(InMemory):
             names[known] = tensor
         return names
 
+    def stored_rest(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        inside = tuple(self._in_blocks)
+        names = {key: target for key, target in self._keys.items() if not target.startswith(inside)}
+        return {
+            key: state[target].detach()
+            for key, target in names.items()
+            if _is_plain(state[target], self.checkpoint[key])
+        }
+
     def stored_names(self, name: str, layers: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, int]]]:
         """Under which names a checkpoint holds the matrix of each layer of a block, and which of its rows.
 
@@ -132,6 +166,9 @@ class FromCheckpoint(InMemory):
         """
         from transformers.core_model_loading import revert_weight_conversion
 
+        if not name:  # what lies outside of blocks is renamed at most
+            known = {target: key for key, target in self._keys.items()}
+            return {n: {known[f"{n}.weight"]: (0, _rows(m))} for n, m in layers.items() if f"{n}.weight" in known}
         module = self.model.get_submodule(name)
         marks = {f"{name}.{n}": torch.full(t.shape, -1, dtype=torch.int32) for n, t in module.state_dict().items()}
         order = list(layers)
@@ -144,8 +181,8 @@ class FromCheckpoint(InMemory):
         base = f"{self.model.base_model_prefix}."
         found: dict[str, dict[str, tuple[int, int]]] = {}
         for key, mark in reverted.items():
-            known = next((k for k in (key, key.removeprefix(base), base + key) if k in self.checkpoint), None)
-            if known is None or mark.dim() < 2:
+            place = next((k for k in (key, key.removeprefix(base), base + key) if k in self.checkpoint), None)
+            if place is None or mark.dim() < 2:
                 continue
             for turned in (mark, mark.mT):
                 rows = turned.flatten(1)[:, 0]
@@ -153,9 +190,9 @@ class FromCheckpoint(InMemory):
                 whole = first >= 0 and first >> _ROW_BITS == last >> _ROW_BITS and last - first == len(rows) - 1
                 if whole and bool((turned.flatten(1) == rows[:, None]).all()):
                     start = first & ((1 << _ROW_BITS) - 1)
-                    found.setdefault(order[first >> _ROW_BITS], {})[known] = (start, start + len(rows))
+                    found.setdefault(order[first >> _ROW_BITS], {})[place] = (start, start + len(rows))
                     break
-        sizes = {n: layout_of(m, "weight", m.weight).seen(m.weight).shape[0] for n, m in layers.items()}
+        sizes = {n: _rows(m) for n, m in layers.items()}
         return {n: t for n, t in found.items() if sum(stop - start for start, stop in t.values()) == sizes[n]}
 
     def _sorted_keys(self) -> dict[str, str]:
@@ -337,6 +374,16 @@ def _missing(model: nn.Module, found: set[str]) -> list[str]:
         if not any(n in found for n in names)
         and not (linked & set(names) and any(keys.get(n, n) in found for n in names))
     ]
+
+
+def _rows(layer: Any) -> int:
+    """Rows of a layer's matrix (out, in)."""
+    return int(layout_of(layer, "weight", layer.weight).seen(layer.weight).shape[0])
+
+
+def _is_plain(tensor: Tensor, stored: LazyTensor) -> bool:
+    """Whether loading changed a tensor's name at most."""
+    return tuple(tensor.shape) == stored.shape and not tensor.is_meta
 
 
 def _marks_of(layer: Any, name: str, block: nn.Module, marks: Mapping[str, Tensor]) -> Tensor:

@@ -38,10 +38,12 @@ class Change:
     Attributes:
         needs: kinds of statistics that it reads (:data:`weft.calibrate.collectors.KINDS`).
         targets: whether it reads the original model's hidden states, :meth:`weft.calibrate.Block.target`.
+        file_format: the format of files that says the packed weights that it makes (:mod:`weft.packed.formats`).
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[bool] = False
+    file_format: ClassVar[str] = "weft"
 
     def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Result:
         """What becomes of one layer.
@@ -88,6 +90,7 @@ class BlockTask:
         statistics: of their inputs, with the weights that the blocks before have now.
         seed: of what is drawn; see :meth:`generator`.
         skip_errors: leave a layer as it is where its change fails, and note the reason.
+        round: what files will make of a packed weight (scales in their type), done to every one that is put.
         packed: what was put, of the layers that were given packed weights.
         changed: layers that were put.
         notes: facts for the report, by layer.
@@ -98,6 +101,7 @@ class BlockTask:
     statistics: Statistics
     seed: int = 0
     skip_errors: bool = False
+    round: Callable[[Packed], Packed] | None = None
     packed: dict[str, Packed] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -122,6 +126,8 @@ class BlockTask:
             return
         layer: Any = self.layers[name]
         before = self.weight(name)
+        if isinstance(value, Packed) and self.round is not None:
+            value = self.round(value)
         new = value.dequantize() if isinstance(value, Packed) else value
         if new.shape != before.shape:
             raise RecipeError(

@@ -56,6 +56,7 @@ class Block:
         number: place among all blocks of the model.
         module: the block itself.
         experts: linear layers over slices of fused experts, by full name.
+        own: its layers by full name, where they are not simply those inside of the module.
     """
 
     name: str
@@ -63,12 +64,20 @@ class Block:
     module: nn.Module
     walk: Walk
     experts: dict[str, Slice] = field(default_factory=dict)
+    own: dict[str, nn.Module] | None = None
     finished: bool = field(default=False, init=False)
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether it stands for all that lies outside of blocks: :meth:`Walk.rest`."""
+        return self.own is not None
 
     def linears(self) -> dict[str, nn.Module]:
         """Layers that multiply by one matrix, by full name: linear layers, GPT-2's Conv1D, single experts."""
         from weft.function.where import is_linear
 
+        if self.own is not None:
+            return self.own
         found = {".".join(x for x in (self.name, p) if x): m for p, m in self.module.named_modules() if is_linear(m)}
         return {**found, **self.experts}
 
@@ -111,7 +120,7 @@ class Block:
 
     def stored(self) -> dict[str, Tensor]:
         """The present weights under the names that they have in a checkpoint."""
-        return self.walk.source.stored(self.name)
+        return self.walk.source.stored_rest() if self.is_rest else self.walk.source.stored(self.name)
 
 
 class Walk:
@@ -252,6 +261,18 @@ class Walk:
         finally:
             self.source.drop_rest()
 
+    @contextlib.contextmanager
+    def rest(self) -> Iterator[Block]:
+        """What lies outside of blocks, with its weights loaded, as a block: embeddings and linear layers.
+
+        When it runs, the model's own code after the blocks does, from the last hidden states.
+        """
+        self.source.load_rest()
+        try:
+            yield Block("", len(self._names), self.model, self, own=self.source.rest_layers())
+        finally:
+            self.source.drop_rest()
+
     def _visit(self, name: str, number: int) -> Iterator[Block]:
         self.source.load([name])
         module = self.model.get_submodule(name)
@@ -295,6 +316,12 @@ class Walk:
 
     @torch.no_grad()
     def _replay(self, block: Block, keep: bool) -> None:
+        if block.is_rest:
+            for number, batch in enumerate(self.batches):
+                self.batch_number = number
+                with self._standing_in(len(self.source.stacks), number, {}):
+                    call(self.model, batch)
+            return
         assert self._current is not None
         written = self._store(block.number) if keep else None
         for number in range(len(self._calls[block.name])):

@@ -34,7 +34,8 @@ def watched(
 
 def block_layers(block: Block, where: Selector = "*") -> dict[str, nn.Module]:
     """The chosen layers of a walked block: linear ones, single experts, convolutions."""
-    every = {**layers_of(block.module, block.name), **block.linears()}
+    every = {} if block.is_rest else layers_of(block.module, block.name)
+    every |= block.linears()
     return {n: m for n, m in every.items() if matches(where, n, m)}
 
 

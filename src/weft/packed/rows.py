@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from weft.packed.form import unpack
-from weft.packed.forms import NESTED, dynamic_map
+from weft.packed.form import Packed, unpack
+from weft.packed.forms import NESTED, Activations, Affine, Minifloat, dynamic_map
 
 Parts: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
 Rows: TypeAlias = slice | Tensor
@@ -122,3 +123,32 @@ def _numbers(table: Tensor, rows: Rows) -> Tensor:
     if isinstance(rows, Tensor):
         return rows
     return torch.arange(*rows.indices(len(table)), device=table.device)
+
+
+def join_rows(parts: Sequence[Packed]) -> Packed | None:
+    """One packed weight over the rows of several; None where they are of forms that share what says their rows.
+
+    >>> from weft.packed import Affine
+    >>> one = Affine(torch.ones(1, 2, dtype=torch.int16), torch.ones(1, 1), torch.zeros(1, 1), 4, 0)
+    >>> join_rows([one, one]).shape
+    (2, 2)
+    """
+    first = parts[0]
+    if any(type(p) is not type(first) or p.shape[1] != first.shape[1] for p in parts):
+        return None
+    if isinstance(first, Activations):
+        inner = join_rows([p.inner for p in parts if isinstance(p, Activations)])
+        same = all(
+            replace(p, inner=first.inner).settings() == first.settings() for p in parts if isinstance(p, Activations)
+        )
+        return replace(first, inner=inner) if inner is not None and same and first.input_scale is None else None
+    settings = [{k: v for k, v in p.settings().items() if k != "shape"} for p in parts]
+    by_row = isinstance(first, Affine) or (
+        isinstance(first, Minifloat) and first.block[0] == 1 and first.global_scale is None
+    )
+    if not by_row or any(s != settings[0] for s in settings):
+        return None
+    names = [f.name for f in fields(first) if isinstance(getattr(first, f.name), Tensor)]
+    if any(getattr(p, n).shape[1] != getattr(first, n).shape[1] for p in parts for n in names):
+        return None
+    return replace(first, **{n: torch.cat([getattr(p, n) for p in parts]) for n in names})

@@ -2,16 +2,17 @@
 
 Start at :mod:`weft.quantize.rtn`, the baseline of all: each weight goes to the nearest value of a grid. The grids (bits,
 groups, scales, zero points) are in :mod:`weft.quantize.grid`. :mod:`weft.quantize.gptq` is the method to take where there is
-calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. :func:`quantize_model` writes a quantised
-copy of a model.
+calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. :func:`quantize_` quantises a
+model in memory, :func:`quantize_model` writes a quantised copy of one on disk.
 """
 
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.hqq import HQQ, hqq_codes
+from weft.quantize.load import load_quantized
 from weft.quantize.nf4 import Codebook, codebook_codes
 from weft.quantize.rtn import RTN, round_to_nearest
-from weft.quantize.run import quantize_model
+from weft.quantize.run import quantize_, quantize_model
 
 __all__ = [
     "GPTQ",
@@ -25,7 +26,9 @@ __all__ = [
     "gptq_codes",
     "gptq_factor",
     "hqq_codes",
+    "load_quantized",
     "quantize",
+    "quantize_",
     "quantize_model",
     "round_to_nearest",
 ]

@@ -20,6 +20,7 @@ zeros has the smallest scale there is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class Grid:
         "asymmetric", "asymmetric, symmetric, or narrow: symmetric without the lowest code", choices=KINDS
     )
     scale_dtype: str = parameter("float32", "what scales are stored in", choices=tuple(_DTYPES))
+
+    file_format: ClassVar[str] = "pack-quantized"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.scale_dtype not in _DTYPES:

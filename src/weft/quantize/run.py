@@ -1,15 +1,91 @@
-"""Quantise a model on disk: one configuration for all layers, or one for each pattern of names."""
+"""Quantise a model: one configuration for all layers, or one for each pattern of names; on disk or in memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from weft.calibrate import Change, rewrite
+from torch import nn
+
+from weft.calibrate import Change, Statistics, change_model_, rewrite
+from weft.calibrate.change_model import Changed
+from weft.calibrate.rewrite import write_blocks
+from weft.calibrate.source import FromCheckpoint
 from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.open import open_checkpoint
+from weft.engine.checkpoint_writer import SHARD_BYTES
+from weft.engine.progress import Progress
+from weft.function.where import Selector
+from weft.packed.formats import find_format
+from weft.packed.replace import replace_
+from weft.quantize.files import PackedFiles
+
+AUTO, DENSE = "auto", "dense"
+
+
+def quantize_(
+    model: nn.Module,
+    config: Change | Mapping[Any, Change],
+    calibration: Iterable[Any] | None = None,
+    *,
+    where: Selector = "*",
+    statistics: Statistics | str | Path | None = None,
+    blocks: str | Sequence[str] = (),
+    seed: int = 0,
+    skip_errors: bool = False,
+    pack: bool = True,
+    backend: str = "auto",
+    memory: int = 1 << 30,
+    progress: Progress | None = None,
+) -> Changed:
+    """Quantise a model in memory, in place.
+
+    Each block is quantised with the inputs that the quantised blocks before it give.
+
+    Args:
+        model: any module; of a model without a list of blocks, all layers are quantised with the inputs of the original.
+        config: a quantiser's configuration (:mod:`weft.quantize`), or a mapping from selectors (:mod:`weft.function.where`)
+            to these, of which the most specific decides. Layers outside of blocks (embeddings, the output head) are chosen
+            only by selectors that name them.
+        calibration: batches, each a tensor, a tuple of positional or a mapping of named arguments; None for methods that
+            need none.
+        where: which layers of the blocks.
+        statistics: gathered before, see :func:`weft.calibrate.rewrite`.
+        blocks: paths of the lists of blocks, where they are not found.
+        seed: of what is drawn.
+        skip_errors: leave a layer as it is where its method fails, with a warning.
+        pack: put layers over packed weights in their place (:class:`weft.packed.QuantizedLinear`); otherwise layers stay, with
+            weights that are the quantised values. Convolutions always stay.
+        backend: of these layers.
+        memory: bytes of hidden states to keep in memory.
+        progress: where to report.
+
+    Returns:
+        Packed weights and facts by layer.
+
+    Raises:
+        RecipeError: nothing was chosen, data is missing, or a layer does not fit the method (its width and the groups).
+        NonFiniteError: a layer's weights or inputs are not finite.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> from weft.quantize import GPTQ
+    >>> made = quantize_(model, GPTQ(bits=4, group_size=4), [torch.randn(32, 8)])
+    >>> type(model[0]).__name__, sorted(made.report)
+    ('QuantizedLinear', ['0', '2'])
+    """
+    made = change_model_(
+        model, calibration, config, where=where, statistics=statistics, blocks=blocks, seed=seed, skip_errors=skip_errors,
+        memory=memory, progress=progress,
+    )  # fmt: skip
+    if pack:
+        layers = {n: p for n, p in made.packed.items() if not hasattr(_submodule(model, n), "kernel_size")}
+        if layers:
+            replace_(model, layers, backend=backend)
+    return made
 
 
 def quantize_model(
@@ -17,25 +93,76 @@ def quantize_model(
     output: str | os.PathLike[str],
     config: Change | Mapping[Any, Change],
     batches: Iterable[Any] | None = None,
-    **options: Any,
+    *,
+    format: str = AUTO,
+    where: Selector = "*",
+    statistics: Statistics | str | os.PathLike[str] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    skip_errors: bool = False,
+    memory: int = 1 << 30,
+    shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
+    check: bool = True,
+    progress: Progress | None = None,
 ) -> Path:
-    """Write a copy of a transformers model whose blocks' matrices are quantised, in the model's own type.
+    """Write a quantised copy of a transformers model; one block is in memory at a time.
 
     Each block is quantised with the inputs that the quantised blocks before it give. ``weft.json`` holds each layer's error,
-    and names the layers that too few rows of the data reached, which are quantised without data.
+    and names the layers that too few rows of the data reached, which are quantised without data. A run that is killed is
+    begun again with the same call, goes on behind the last finished block, and ends in the same bytes.
 
     Args:
         model: a folder, Hub id or open checkpoint.
         output: the folder.
-        config: a quantiser's configuration, or a mapping from selectors (:mod:`weft.function.where`) to these, of which the
-            most specific decides.
-        batches: calibration data, for methods that need it.
-        options: further ones of :func:`weft.calibrate.rewrite` (``where``, ``statistics``, ``seed``, ``force``, …).
+        config, where, statistics, seed, skip_errors, memory: see :func:`quantize_`.
+        batches: calibration data.
+        format: of the files (:data:`weft.packed.formats.FORMATS`); ``auto``: the one that most programs load and that says
+            what the configuration makes; ``dense``: the model's own type, with weights that are the quantised values.
+        recipe, shard_bytes, force, check, progress: see :func:`weft.calibrate.rewrite`.
 
     Returns:
-        The folder; it loads in transformers as the model did.
+        The folder. ``weft.open`` reads every format; transformers and vLLM load those that are theirs.
+
+    Raises:
+        RecipeError: as of :func:`quantize_`, or the format cannot say the result.
+        CheckpointError: the model cannot be read or walked.
+        OutputError: the output exists or cannot be written.
     """
-    return rewrite(model, batches, config, output, recipe=describe(config), **options)
+    recipe = {"format": format, **(recipe or describe(config))}
+    if format == DENSE:
+        return rewrite(
+            model, batches, config, output, where=where, statistics=statistics, recipe=recipe, seed=seed,
+            skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check, progress=progress,
+        )  # fmt: skip
+    form = find_format(file_format(config) if format == AUTO else format)
+    checkpoint = open_checkpoint(model)
+    try:
+        network = FromCheckpoint(checkpoint).model
+        files = PackedFiles(form, network.dtype)
+        files.linears = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
+        scales = form.scale_dtype(network.dtype)
+        if scales is not None:
+            config = _with_scales(config, str(scales).removeprefix("torch."))
+        return write_blocks(
+            checkpoint, batches, config, output, files, what=(), where=where, statistics=statistics, recipe=recipe,
+            seed=seed, skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check,
+            progress=progress,
+        )  # fmt: skip
+    finally:
+        if checkpoint is not model:
+            checkpoint.close()
+
+
+def file_format(config: Change | Mapping[Any, Change]) -> str:
+    """The format of files that says what a configuration makes.
+
+    >>> from weft.quantize import RTN, Codebook
+    >>> file_format(RTN()), file_format({"a": RTN(), "b": Codebook()})
+    ('pack-quantized', 'weft')
+    """
+    made = {c.file_format for c in (config.values() if isinstance(config, Mapping) else [config])}
+    return made.pop() if len(made) == 1 else "weft"
 
 
 def describe(config: Change | Mapping[Any, Change]) -> dict[str, Any]:
@@ -48,3 +175,20 @@ def describe(config: Change | Mapping[Any, Change]) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return {key if isinstance(key, str) else repr(key): describe(one) for key, one in config.items()}
     return {"config": type(config).__name__, **(asdict(config) if is_dataclass(config) else {})}
+
+
+def _with_scales(config: Any, dtype: str) -> Any:
+    """Configurations that fit scales in the type of the files, where they name none of their own."""
+    if isinstance(config, Mapping):
+        return {key: _with_scales(one, dtype) for key, one in config.items()}
+    known = {f.name: f.default for f in fields(config)} if is_dataclass(config) else {}
+    if "scale_dtype" in known and config.scale_dtype == known["scale_dtype"]:
+        return replace(config, scale_dtype=dtype)
+    return config
+
+
+def _submodule(model: nn.Module, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # a single expert
+        return None
