@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "calibrate"))
 from architectures import build
 
 import weft
-from weft.calibrate import Statistics, collect
+from weft.calibrate import Statistics, collect, rewrite
 from weft.errors import RecipeError
 from weft.quantize import GPTQ, Grid, dequantize, fit_grid, gptq_codes, gptq_factor, quantize_gptq, round_to_nearest
 from weft.quantize import quantize as nearest
@@ -266,6 +266,20 @@ def test_layers_with_equal_inputs_share_a_factor(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(module, "gptq_factor", lambda *a: (counted.append(1), plain(*a))[1])
     quantize_gptq(tmp_path / "model", batches, tmp_path / "out", GPTQ(group_size=8))
     assert len(counted) == 3 * 4  # query, key and value; output; gate and up; down
+
+
+def test_statistics_of_a_folder_will_do(tmp_path: Path) -> None:
+    model, batches = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    collect(tmp_path / "model", batches, "gram", output=tmp_path / "statistics")
+    statistics, config = Statistics.load(tmp_path / "statistics"), GPTQ(bits=4, group_size=8)
+    made = rewrite(tmp_path / "model", None, lambda n, w, _: config.change(n, w, statistics), tmp_path / "out")
+    walked = quantize_gptq(tmp_path / "model", batches, tmp_path / "walked", config)
+    with weft.open(made) as found, weft.open(walked) as other, weft.open(tmp_path / "model") as before:
+        first = [n for n in found if "layers.0." in n and not torch.equal(found[n].torch(), before[n].torch())]
+        assert len(first) == 7
+        for tensor in first:  # nothing before the first block has changed, so both know the same
+            assert torch.equal(found[tensor].torch(), other[tensor].torch()), tensor
 
 
 def test_experts_that_no_token_reached_are_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from weft.calibrate import Statistics, rewrite
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.errors import RecipeError
+from weft.function.pruner import PruneMethod
 from weft.method import parameter
 
 _ROWS = 512  # at a time: sorting takes 32 bytes a weight
@@ -55,11 +56,15 @@ class Wanda:
                 "for 2:4 sparsity give keep=2, group=4."
             )
 
+    def mask(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Which weights of a layer stay, by statistics of the kind ``scales``, as gathered or read from a folder."""
+        reached = statistics.rows(name) > 0
+        norm = statistics.norm(name) if reached else torch.ones(weight.shape[-1:], device=weight.device)
+        return wanda_mask(weight, norm, sparsity=self.sparsity, keep=self.keep, group=self.group)
+
     def change(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
         """A layer's matrix with zeros; see :func:`weft.calibrate.rewrite`."""
-        reached = statistics.rows(name) > 0
-        norm = statistics.norm(name) if reached else weight.new_ones(weight.shape[1])
-        return weight * wanda_mask(weight, norm, sparsity=self.sparsity, keep=self.keep, group=self.group)
+        return weight.masked_fill(~self.mask(name, weight, statistics), 0)
 
 
 def wanda_mask(weight: Tensor, norm: Tensor, *, sparsity: float = 0.5, keep: int = 0, group: int = 0) -> Tensor:
@@ -86,14 +91,16 @@ def wanda_mask(weight: Tensor, norm: Tensor, *, sparsity: float = 0.5, keep: int
     [[True, False, True, False]]
     """
     Wanda(sparsity, keep, group)
-    if weight.dim() != 2 or norm.shape != weight.shape[1:]:
+    is_matrix = weight.dim() == 2 and weight.numel() and weight.is_floating_point()
+    if not is_matrix or norm.shape != weight.shape[1:]:
         raise RecipeError(
-            f"Wanda needs a matrix (out, in) and the norms of its inputs (in,), got {list(weight.shape)} and "
-            f"{list(norm.shape)}."
+            f"Wanda needs a matrix (out, in) of numbers and the norms of its inputs (in,), got {list(weight.shape)} "
+            f"{weight.dtype} and {list(norm.shape)}."
         )
     if not weight.isfinite().all() or not norm.isfinite().all() or bool((norm < 0).any()):
         raise RecipeError(
-            "Wanda needs finite weights and norms that are not negative; the model or the data is damaged."
+            "Wanda needs finite weights and finite norms that are not negative, got NaN, infinity or a negative norm; the "
+            "model or the data is damaged."
         )
     if group and weight.shape[1] % group:
         raise RecipeError(f"Rows of {weight.shape[1]} inputs do not divide into groups of {group}.")
@@ -109,7 +116,7 @@ def wanda_mask(weight: Tensor, norm: Tensor, *, sparsity: float = 0.5, keep: int
 
 def prune_wanda(
     model: Checkpoint | str | Path,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None,
     output: str | os.PathLike[str],
     config: Wanda | None = None,
     **options: Any,
@@ -126,3 +133,19 @@ def prune_wanda(
     config = config or Wanda()
     recipe = {"method": "wanda", "parameters": asdict(config)}
     return rewrite(model, batches, config.change, output, what="scales", recipe=recipe, **options)
+
+
+METHODS = (
+    PruneMethod(
+        name="wanda",
+        family="prune",
+        config=Wanda,
+        summary="Remove the weights whose product with the norm of their input is smallest, row by row.",
+        goal="shrink",
+        origin="Sun et al. 2023, arXiv:2306.11695",
+        needs="calibration",
+        checked_by=("brute force",),
+        writes=prune_wanda,
+        statistics=("scales",),
+    ),
+)
