@@ -29,6 +29,7 @@ _PUBLIC = {
     "plain_state_dict": ("weft.function.export", "plain_state_dict"),
     "save": ("weft.function.export", "save"),
     "prune": ("weft.prune", ""),
+    "prune_": ("weft.prune.run", "prune_"),
     "quantize": ("weft.quantize", ""),
     "quantize_": ("weft.quantize.run", "quantize_"),
     "run": ("weft.recipe.run", "run"),
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from weft.function.attach import parametrize_ as parametrize_
     from weft.function.export import plain_state_dict as plain_state_dict
     from weft.function.export import save as save
+    from weft.prune.run import prune_ as prune_
     from weft.quantize.run import quantize_ as quantize_
     from weft.recipe.run import run as run
 

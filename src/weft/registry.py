@@ -21,7 +21,7 @@ from typing import Any
 from weft.errors import RecipeError, did_you_mean
 from weft.method import Method
 
-FAMILIES = ("merge", "edit", "adapt", "init", "normalize", "quantize")
+FAMILIES = ("merge", "edit", "adapt", "init", "normalize", "quantize", "prune")
 ENTRY_POINT = "weft.methods"
 INDEX = Path(__file__).with_name("methods.json")
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -121,7 +121,7 @@ def summary() -> list[dict[str, Any]]:
 
 
 def _how_to_run(row: Method) -> dict[str, str]:
-    """The Python call, and for merges the shell line, that run a method."""
+    """The Python call that runs a method, and the shell line where there is one."""
     fields = {p.key: p.field for p in row.parameters.values()}
     changed = {fields.get(key, key): value for key, value in row.defaults.items()}
     function = getattr(row, "function", None)
@@ -148,14 +148,8 @@ def _how_to_run(row: Method) -> dict[str, str]:
                 "call": f"weft.quantize_(model, {built})",
                 "shell": f"weft quantize MODEL --method {row.name} -o OUT",
             }
-        if hasattr(row, "writes"):
-            needed = [
-                n
-                for n, p in inspect.signature(row.writes).parameters.items()
-                if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-            ]
-            given = [*needed, built] if changed else needed
-            return {"call": f"weft.{row.family}.{row.writes.__name__}({', '.join(given)})"}
+        if row.family == "prune":
+            return {"call": f"weft.prune_(model, {built})"}
         return {"call": f"weft.parametrize_(model, {built})" if hasattr(row.config, "build") else built}
     if hasattr(row, "fills"):
         needed = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
@@ -169,6 +163,8 @@ def _how_to_run(row: Method) -> dict[str, str]:
         elif name in fields.values():
             given.append(f"{name}={parameter.default!r}")
     call = f"weft.{row.family}.{function.__name__}({', '.join(given)})"
+    if hasattr(row, "on_folders"):
+        return {"call": call, **({"shell": "weft align OTHER --to MODEL -o OUT"} if row.on_folders else {})}
     low, high = getattr(row, "models", (0, 0))
     models = " ".join("ABCD"[: max(low, min(2, high or 2))])
     base = " --base BASE" if getattr(row, "base", "") == "required" else ""

@@ -68,6 +68,9 @@ def test_another_model_keeps_its_function(tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         run(*arguments)
     run(*arguments, "--force", "--restarts", 2)
+    short = json.loads(run(*arguments, "--force", "--max-sweeps", 1))
+    assert not short["converged"]
+    assert short["sweeps"] == 1
 
 
 def test_what_cannot_be_aligned_is_refused(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ def test_activations_refuse_what_they_cannot_use() -> None:
     assert len(symmetry.groups) == 1
     with pytest.raises(RecipeError, match="Match the weights instead"):
         match_activations(raw, Raw(), symmetry, [x])
+    plain = nn.Linear(6, 2)  # without any group there is nothing that could be matched otherwise
+    assert match_activations(plain, nn.Linear(6, 2), find_symmetry(plain, x), [x]).permutations == {}
 
 
 # straight-through
@@ -225,6 +227,8 @@ def test_straight_through_refuses_no_data_and_nan() -> None:
         match_straight_through(a, mlp(1), symmetry, [], functional.mse_loss)
     with pytest.raises(RecipeError, match="NaN at all of 1 steps"):
         match_straight_through(a, mlp(1), symmetry, [(x * math.nan, x[:, :3])], functional.mse_loss)
+    with pytest.raises(RecipeError, match=r"'learning_rate' must be between 0 and ∞, got -0\.1"):
+        match_straight_through(a, mlp(1), symmetry, [(x, x[:, :3])], functional.mse_loss, learning_rate=-0.1)
 
 
 # several models

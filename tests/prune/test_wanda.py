@@ -12,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "calibrate"))
 from architectures import build
 
 import weft
+from weft.calibrate import Statistics, collect, rewrite
+from weft.calibrate.facts import Facts
 from weft.errors import RecipeError
-from weft.prune import Wanda, prune_wanda, wanda_mask
+from weft.prune import Wanda, prune_model, wanda_mask
 
 
 def row_by_row(weight: np.ndarray, norm: np.ndarray, sparsity: float, keep: int, group: int) -> np.ndarray:
@@ -74,7 +76,7 @@ def test_what_cannot_be_pruned_is_said() -> None:
 def test_a_pruned_model_equals_pruning_by_hand(name: str, config: Wanda, tmp_path: Path) -> None:
     model, batches = build(name)
     model.save_pretrained(tmp_path / "model")
-    made = prune_wanda(tmp_path / "model", batches, tmp_path / "out", config)
+    made = prune_model(tmp_path / "model", tmp_path / "out", config, batches)
     blocks = model.model.layers if name == "llama" else model.transformer.h
     for block in blocks:  # by hand: hooks in the whole model, blocks in order
         layers = {m: [] for m in block.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
@@ -105,17 +107,42 @@ def test_experts_are_pruned_one_by_one(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     with torch.no_grad():  # no token can choose expert 3 of block 0
         model.model.layers[0].mlp.gate.weight[3] = 0
-    made = prune_wanda(tmp_path / "model", batches[:1], tmp_path / "out")
+    made = prune_model(tmp_path / "model", tmp_path / "out", Wanda(), batches[:1])
     with weft.open(made) as opened:
         for name, tensor in opened.items():
             share = float((tensor.torch() == 0).float().mean())
             assert share == (0.5 if ("experts" in name or "self_attn" in name) else 0.0), name
 
 
-def test_an_expert_without_tokens_is_pruned_by_magnitude() -> None:
-    from weft.calibrate import Statistics
-    from weft.calibrate.facts import Facts
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_statistics_of_a_folder_will_do(name: str, tmp_path: Path) -> None:
+    model, batches = build(name)
+    model.save_pretrained(tmp_path / "model")
+    collect(tmp_path / "model", batches, "scales", output=tmp_path / "statistics")
+    statistics, config = Statistics.load(tmp_path / "statistics"), Wanda(keep=2, group=4)
+    masks: dict[str, torch.Tensor] = {}
 
+    def change(layer: str, weight: torch.Tensor, _: Statistics) -> torch.Tensor:
+        masks[layer] = config.mask(layer, weight, statistics)
+        return config.fit(layer, weight, statistics)
+
+    made = rewrite(tmp_path / "model", None, change, tmp_path / "out")
+    assert set(masks) == set(statistics.layers)
+    walked = prune_model(tmp_path / "model", tmp_path / "walked", config, batches)
+    with weft.open(made) as found, weft.open(walked) as other, weft.open(tmp_path / "model") as before:
+        block = "h.0." if name == "gpt2" else "layers.0."
+        first = [n for n in found if block in n and not torch.equal(found[n].torch(), before[n].torch())]
+        assert len(first) >= 4
+        for tensor in first:  # nothing before the first block has changed, so both know the same
+            assert torch.equal(found[tensor].torch(), other[tensor].torch()), tensor
+        if name == "llama":
+            weight = before["model.layers.2.mlp.down_proj.weight"].torch().double()
+            norm = statistics.norm("model.layers.2.mlp.down_proj").double()
+            expected = row_by_row(weight.numpy(), norm.numpy(), 0, 2, 4)
+            assert np.array_equal(masks["model.layers.2.mlp.down_proj"].numpy(), expected)
+
+
+def test_an_expert_without_tokens_is_pruned_by_magnitude() -> None:
     weight = torch.tensor([[3.0, -1.0, 2.0, 0.5]])
-    found = Wanda().change("e", weight, Statistics({}, Facts(layers={"e": ("e", 0)})))
+    found = Wanda().fit("e", weight, Statistics({}, Facts(layers={"e": ("e", 0)})))
     assert found.tolist() == [[3.0, 0.0, 2.0, 0.0]]

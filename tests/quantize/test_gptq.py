@@ -236,7 +236,7 @@ def test_a_model_on_disk(name: str, tmp_path: Path) -> None:
     model, batches = build(name)
     model.save_pretrained(tmp_path / "model")
     config = GPTQ(bits=4, group_size=8)
-    made = quantize_model(tmp_path / "model", tmp_path / "out", config, batches)
+    made = quantize_model(tmp_path / "model", tmp_path / "out", config, batches, format="dense")
     reread = type(model).from_pretrained(made).eval()
     found = collect(model, batches, "gram")  # of the first block the inputs are the same
     report = json.loads((made / "weft.json").read_text())
@@ -267,6 +267,20 @@ def test_layers_with_equal_inputs_share_a_factor(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(module, "gptq_factor", lambda *a: (counted.append(1), plain(*a))[1])
     quantize_model(tmp_path / "model", tmp_path / "out", GPTQ(group_size=8), batches)
     assert len(counted) == 3 * 4  # query, key and value; output; gate and up; down
+
+
+def test_statistics_of_a_folder_will_do(tmp_path: Path) -> None:
+    model, batches = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    collect(tmp_path / "model", batches, "gram", output=tmp_path / "statistics")
+    config = GPTQ(bits=4, group_size=8)
+    made = quantize_model(tmp_path / "model", tmp_path / "out", config, statistics=tmp_path / "statistics")
+    walked = quantize_model(tmp_path / "model", tmp_path / "walked", config, batches)
+    with weft.open(made) as found, weft.open(walked) as other, weft.open(tmp_path / "model") as before:
+        first = [n for n in found if "layers.0." in n and not torch.equal(found[n].torch(), before[n].torch())]
+        assert len(first) == 7
+        for tensor in first:  # nothing before the first block has changed, so both know the same
+            assert torch.equal(found[tensor].torch(), other[tensor].torch()), tensor
 
 
 def test_experts_that_no_token_reached_are_named(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ def test_a_small_llama(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, batches = build("llama", dtype)
     model.save_pretrained(tmp_path / "model")
     config = METHODS[method]
-    made = quantize_model(tmp_path / "model", tmp_path / "out", config, batches if config.needs else None)
+    made = quantize_model(
+        tmp_path / "model", tmp_path / "out", config, batches if config.needs else None, format="dense"
+    )
     reread = type(model).from_pretrained(made).eval()
     report = json.loads((made / "weft.json").read_text())
     assert report["recipe"]["config"] == type(config).__name__

@@ -334,6 +334,18 @@ def test_parameters_that_do_not_exist() -> None:
 # stages
 
 
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [
+        ("weight_matching", "weft align OTHER --to MODEL"),
+        ("wanda", r"weft\.prune_\(model, weft\.prune\.Wanda\(\)\)"),
+    ],
+)
+def test_methods_that_merge_nothing_say_how_they_run(method: str, how: str) -> None:
+    with pytest.raises(RecipeError, match=f"does not run on checkpoints from a recipe. Run it as: {how}"):
+        planned({"steps": [{"method": method, "models": ["a", "b"]}]}, {n: state(0, x=(2,)) for n in "ab"})
+
+
 def test_stages_equal_separate_runs(tmp_path: Path) -> None:
     models = {m: state(i, h__0__w=(40, 30), h__1__w=(40, 30), norm=(30,)) for i, m in enumerate("abcd")}
     first = {"name": "first", "method": "ties", "models": ["b", "c"], "base": "a", "parameters": {"density": 0.4}}

@@ -17,7 +17,15 @@ _TABLES = ("inv_freq", "masked_bias", "position_ids")  # old files hold these; n
 
 
 def align_command(
-    model: str, to: str, output: str, *, restarts: int = 1, seed: int = 0, force: bool = False, progress: Any = None
+    model: str,
+    to: str,
+    output: str,
+    *,
+    restarts: int = 1,
+    max_sweeps: int = 100,
+    seed: int = 0,
+    force: bool = False,
+    progress: Any = None,
 ) -> dict[str, Any]:
     """Match a folder's units to another's and write the model in that order; bits are moved, never computed.
 
@@ -25,7 +33,7 @@ def align_command(
         model: folder or Hub id of a transformers model.
         to: another of the same architecture and sizes.
         output: folder to make.
-        restarts, seed: see ``weft.merge.match_weights``.
+        restarts, max_sweeps, seed: see ``weft.merge.match_weights``.
         force: replace an output that weft made.
         progress: as ``weft.run`` takes it.
 
@@ -63,7 +71,7 @@ def align_command(
                 "would stay in the old order. Likely cause: an extra head, or names of another form. Load the model and "
                 "use weft.merge.align in Python."
             )
-        found = match_weights(reference, own, symmetry, restarts=restarts, seed=seed)
+        found = match_weights(reference, own, symmetry, restarts=restarts, max_sweeps=max_sweeps, seed=seed)
         moved = symmetry.apply(own, found.permutations)
         key = f"{own.name} in the order of {reference.name}"  # so that the record of the output says it
         aligned = _as_checkpoint(key, own, moved)

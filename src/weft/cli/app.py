@@ -175,6 +175,7 @@ def align(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to make.")],
     to: Annotated[str, typer.Option("--to", help="The model whose order of units to take.")],
     restarts: Annotated[int, typer.Option("--restarts", min=1, help="Descents; the best is kept.")] = 1,
+    max_sweeps: Annotated[int, typer.Option("--max-sweeps", min=1, help="Most sweeps of a descent.")] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Of the order of groups and of further starts.")] = 0,
     force: Force = False,
     as_json: Json = False,
@@ -185,7 +186,9 @@ def align(
     from weft.engine.progress import default_progress
 
     with _progress(default_progress(quiet)) as progress:
-        facts = align_command(model, to, output, restarts=restarts, seed=seed, force=force, progress=progress)
+        facts = align_command(
+            model, to, output, restarts=restarts, max_sweeps=max_sweeps, seed=seed, force=force, progress=progress
+        )
     print(json.dumps(facts) if as_json else align_text(facts))
 
 

@@ -25,10 +25,18 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
 
         return merging.run
 
+    from weft.symmetry.alignment import AlignMethod
+
+    if isinstance(method, AlignMethod):
+        from weft.contract import alignments
+
+        return alignments.run
+
     from weft.function.initializer import InitMethod
     from weft.function.layer import LayerMethod
     from weft.function.optimizer import OptimizerMethod
     from weft.function.protocol import FunctionMethod
+    from weft.function.pruner import PruneMethod
     from weft.function.quantizer import QuantizeMethod
 
     if isinstance(method, FunctionMethod):
@@ -51,6 +59,10 @@ def battery(method: Method) -> Callable[[Any], list[dict[str, Any]]]:
         from weft.contract import quantizers
 
         return quantizers.run
+    if isinstance(method, PruneMethod):
+        from weft.contract import pruners
+
+        return pruners.run
     raise RecipeError(f"There is no contract battery for {method.name} (family {method.family}).")
 
 

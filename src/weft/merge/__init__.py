@@ -32,6 +32,7 @@ from weft.merge.sparse_soups import SparseSoup, enforce_masks, phase_sparsity, s
 from weft.merge.task_arithmetic import TaskArithmetic, task_arithmetic
 from weft.merge.ties import Ties, ties
 from weft.merge.variance_corrected import VarianceCorrected, variance_corrected
+from weft.merge.weight_matching import ActivationMatching, StraightThroughMatching, WeightMatching
 from weft.merge.wise_ft import WiseFt, interpolation_path, wise_ft
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ _ON_USE = (
 )
 
 __all__ = [
+    "ActivationMatching",
     "ArceeFusion",
     "Barrier",
     "Breadcrumbs",
@@ -89,10 +91,12 @@ __all__ = [
     "Slerp",
     "SparseSoup",
     "StraightThrough",
+    "StraightThroughMatching",
     "TaskArithmetic",
     "Ties",
     "UniformSoup",
     "VarianceCorrected",
+    "WeightMatching",
     "WiseFt",
     "align",
     "arcee_fusion",

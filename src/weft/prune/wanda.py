@@ -17,25 +17,22 @@ Re-implemented from the equations (official code: MIT).
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from weft.calibrate import Statistics, rewrite
-from weft.checkpoint.checkpoint import Checkpoint
+from weft.calibrate import Change, Statistics
 from weft.errors import RecipeError
+from weft.function.pruner import PruneMethod
 from weft.method import parameter
 
 _ROWS = 512  # at a time: sorting takes 32 bytes a weight
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(Change):
     """Which weights go.
 
     >>> Wanda(keep=2, group=4)
@@ -55,11 +52,17 @@ class Wanda:
                 "for 2:4 sparsity give keep=2, group=4."
             )
 
-    def change(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
-        """A layer's matrix with zeros; see :func:`weft.calibrate.rewrite`."""
+    needs: ClassVar[tuple[str, ...]] = ("scales",)
+
+    def mask(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Which weights of a layer stay, by statistics of the kind ``scales``, as gathered or read from a folder."""
         reached = statistics.rows(name) > 0
-        norm = statistics.norm(name) if reached else weight.new_ones(weight.shape[1])
-        return weight * wanda_mask(weight, norm, sparsity=self.sparsity, keep=self.keep, group=self.group)
+        norm = statistics.norm(name) if reached else torch.ones(weight.shape[-1:], device=weight.device)
+        return wanda_mask(weight, norm, sparsity=self.sparsity, keep=self.keep, group=self.group)
+
+    def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Tensor:
+        """A layer's matrix with zeros; see :class:`weft.calibrate.Change`."""
+        return weight.masked_fill(~self.mask(name, weight, statistics), 0)
 
 
 def wanda_mask(weight: Tensor, norm: Tensor, *, sparsity: float = 0.5, keep: int = 0, group: int = 0) -> Tensor:
@@ -86,14 +89,16 @@ def wanda_mask(weight: Tensor, norm: Tensor, *, sparsity: float = 0.5, keep: int
     [[True, False, True, False]]
     """
     Wanda(sparsity, keep, group)
-    if weight.dim() != 2 or norm.shape != weight.shape[1:]:
+    is_matrix = weight.dim() == 2 and weight.numel() and weight.is_floating_point()
+    if not is_matrix or norm.shape != weight.shape[1:]:
         raise RecipeError(
-            f"Wanda needs a matrix (out, in) and the norms of its inputs (in,), got {list(weight.shape)} and "
-            f"{list(norm.shape)}."
+            f"Wanda needs a matrix (out, in) of numbers and the norms of its inputs (in,), got {list(weight.shape)} "
+            f"{weight.dtype} and {list(norm.shape)}."
         )
     if not weight.isfinite().all() or not norm.isfinite().all() or bool((norm < 0).any()):
         raise RecipeError(
-            "Wanda needs finite weights and norms that are not negative; the model or the data is damaged."
+            "Wanda needs finite weights and finite norms that are not negative, got NaN, infinity or a negative norm; the "
+            "model or the data is damaged."
         )
     if group and weight.shape[1] % group:
         raise RecipeError(f"Rows of {weight.shape[1]} inputs do not divide into groups of {group}.")
@@ -107,22 +112,15 @@ def wanda_mask(weight: Tensor, norm: Tensor, *, sparsity: float = 0.5, keep: int
     return mask
 
 
-def prune_wanda(
-    model: Checkpoint | str | Path,
-    batches: Iterable[Any],
-    output: str | os.PathLike[str],
-    config: Wanda | None = None,
-    **options: Any,
-) -> Path:
-    """Write a pruned copy of a transformers model; one block is in memory at a time.
-
-    Args:
-        model, batches, output: see :func:`weft.calibrate.rewrite`; so are further options (``where``, ``force``, …).
-        config: which weights go; half of each row if None.
-
-    Returns:
-        The folder; it loads in transformers as the model did.
-    """
-    config = config or Wanda()
-    recipe = {"method": "wanda", "parameters": asdict(config)}
-    return rewrite(model, batches, config.change, output, what="scales", recipe=recipe, **options)
+METHODS = (
+    PruneMethod(
+        name="wanda",
+        family="prune",
+        config=Wanda,
+        summary="Remove the weights whose product with the norm of their input is smallest, row by row.",
+        goal="shrink",
+        origin="Sun et al. 2023, arXiv:2306.11695",
+        needs="calibration",
+        checked_by=("brute force",),
+    ),
+)

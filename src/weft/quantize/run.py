@@ -18,6 +18,7 @@ from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.open import open_checkpoint
 from weft.engine.checkpoint_writer import SHARD_BYTES
 from weft.engine.progress import Progress
+from weft.function.layout import is_conv1d
 from weft.function.where import Selector
 from weft.packed.formats import find_format
 from weft.packed.replace import replace_
@@ -135,10 +136,11 @@ def quantize_model(
             model, batches, config, output, where=where, statistics=statistics, recipe=recipe, seed=seed,
             skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check, progress=progress,
         )  # fmt: skip
-    form = find_format(file_format(config) if format == AUTO else format)
     checkpoint = open_checkpoint(model)
     try:
         network = FromCheckpoint(checkpoint).model
+        turned = any(is_conv1d(type(m)) for m in network.modules())  # matrices (in, out), which weft's own format says
+        form = find_format(("weft" if turned else file_format(config)) if format == AUTO else format)
         files = PackedFiles(form, network.dtype)
         files.linears = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
         scales = form.scale_dtype(network.dtype)
@@ -174,7 +176,10 @@ def describe(config: Change | Mapping[Any, Change]) -> dict[str, Any]:
     """
     if isinstance(config, Mapping):
         return {key if isinstance(key, str) else repr(key): describe(one) for key, one in config.items()}
-    return {"config": type(config).__name__, **(asdict(config) if is_dataclass(config) else {})}
+    return {
+        "config": type(config).__name__,
+        **(asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}),
+    }
 
 
 def _with_scales(config: Any, dtype: str) -> Any:

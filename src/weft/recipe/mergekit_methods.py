@@ -46,6 +46,6 @@ def find_row(name: str) -> MergeMethod:
     known = listed if listed & set(wanted) else set(methods())  # plugins are not in the index
     found = next((method(n) for n in wanted if n in known), None)
     if not isinstance(found, MergeMethod):
-        merges = [row["name"] for row in index() if row["family"] == "merge"]
+        merges = [row["name"] for row in index() if row.get("shell", "").startswith("weft merge")]
         raise RecipeError(f"There is no merge_method {name!r}.{did_you_mean(name, [*PARAMETERS, *merges])}")
     return found

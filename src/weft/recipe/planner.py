@@ -24,6 +24,7 @@ from weft.recipe.schema import Recipe, Step, step_models
 from weft.recipe.size import parse_size
 from weft.recipe.step import Entry, StepBuilder, check_parameter_names
 from weft.recipe.tokenizer_files import TokenizerFiles
+from weft.registry import index
 from weft.registry import method as find_method
 
 OTHER_FILES = (
@@ -84,7 +85,9 @@ def _plan_step(
 ) -> StepResult:
     method = find_method(step.method)
     if not isinstance(method, MergeMethod):
-        raise RecipeError(f"step {number}: {method.name} does not run on checkpoints from a recipe.")
+        entry = next((row for row in index() if row["name"] == method.name), {})
+        how = f" Run it as: {entry.get('shell') or entry['call']}" if entry else ""
+        raise RecipeError(f"step {number}: {method.name} does not run on checkpoints from a recipe.{how}")
     label = step.name or method.name
     check_parameter_names(step, method, label)
     if step.exclude != ["*"]:  # copying an adapter's own tensors is fine, averaging its factors is not

@@ -33,6 +33,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from weft.merge.weight_matching.methods import METHODS, ActivationMatching, StraightThroughMatching, WeightMatching
+
 if TYPE_CHECKING:
     from weft.merge.weight_matching.activations import match_activations as match_activations
     from weft.merge.weight_matching.batch_norm import reset_batch_norm_ as reset_batch_norm_
@@ -66,10 +68,14 @@ ON_USE = {
 }
 
 __all__ = [
+    "METHODS",
+    "ActivationMatching",
     "Barrier",
     "MatchReport",
     "Matching",
     "StraightThrough",
+    "StraightThroughMatching",
+    "WeightMatching",
     "align",
     "loss_barrier",
     "match_activations",

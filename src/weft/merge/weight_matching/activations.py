@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from weft.errors import NonFiniteError, RecipeError
 from weft.merge.weight_matching.blocks import Block, axis_sections, state_of
+from weft.merge.weight_matching.methods import ActivationMatching
 from weft.merge.weight_matching.weights import Matching, Permutations, descend
+from weft.method import configure
 from weft.symmetry import Symmetry
 
 _CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
@@ -48,8 +50,8 @@ def match_activations(
         A :class:`Matching`, its objective being the sum of correlations.
 
     Raises:
-        RecipeError: no batch, or no output with units of a group. NonFiniteError: activations hold NaN or infinity.
-        ShapeError: the models differ.
+        RecipeError: no batch, fewer than one descent, or groups and no output with their units. ShapeError: the models
+            differ. NonFiniteError: weights or activations hold NaN or infinity.
 
     Source: Ainsworth et al., arXiv:2209.04836, section 3.1; correlations as in Li et al., arXiv:1511.07543.
 
@@ -62,6 +64,7 @@ def match_activations(
     >>> torch.equal(symmetry.apply(b, found.permutations)[0].weight, a[0].weight)
     True
     """
+    configure(ActivationMatching, {"restarts": restarts}, "match_activations")
     for what, each in (("The reference", reference), ("The model", model)):
         state_of(each, symmetry, what)
     places = _places(reference, symmetry)
@@ -79,7 +82,7 @@ def match_activations(
     for name, moments in tables.items():
         if moments.count:
             blocks += _blocks(symmetry, *places[name], moments.correlation(name))
-    if not blocks:
+    if symmetry.groups and not blocks:
         raise RecipeError(
             "No layer's output has units of a group, so there is nothing to correlate. Match the weights instead."
         )

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from weft.errors import RecipeError
 from weft.merge.weight_matching.activations import call, evaluation
 from weft.merge.weight_matching.blocks import as_tensor
+from weft.merge.weight_matching.methods import StraightThroughMatching
 from weft.merge.weight_matching.weights import Permutations, match_weights
+from weft.method import configure
 from weft.symmetry import Symmetry
 
 
@@ -66,7 +68,8 @@ def match_straight_through(
         A :class:`StraightThrough`.
 
     Raises:
-        RecipeError: no batch, or the loss is NaN at every step. See also :func:`match_weights`.
+        RecipeError: no batch, the loss is NaN at every step, or a parameter is out of its bounds. See also
+            :func:`match_weights`.
 
     Source: Ainsworth et al., arXiv:2209.04836, section 3.3.
 
@@ -79,6 +82,8 @@ def match_straight_through(
     >>> torch.equal(symmetry.apply(b, found.permutations)["0.weight"], a[0].weight)
     True
     """
+    given = {"learning_rate": learning_rate, "momentum": momentum, "max_sweeps": max_sweeps}
+    configure(StraightThroughMatching, given, "match_straight_through")
     parameters = {name: p.detach() for name, p in reference.named_parameters()}
     free = {n: p.clone().requires_grad_(p.is_floating_point()) for n, p in parameters.items()}
     buffers = {name: b.detach() for name, b in reference.named_buffers()}
@@ -93,10 +98,11 @@ def match_straight_through(
             target, other, symmetry, start=permutations, max_sweeps=max_sweeps, seed=seed
         ).permutations
         moved = symmetry.apply(other, permutations)
-        merged = {
-            n: 0.5 * a + 0.5 * (as_tensor(moved[n]).to(a) + free[n] - free[n].detach()) for n, a in parameters.items()
-        }
-        with evaluation(reference):
+        with evaluation(reference), torch.enable_grad():
+            merged = {
+                n: 0.5 * a + 0.5 * (as_tensor(moved[n]).to(a) + free[n] - free[n].detach())
+                for n, a in parameters.items()
+            }
             for module in batch_norms(reference):  # statistics of the average are those of its batch
                 module.training = True
             states = {**merged, **{name: b.clone() for name, b in buffers.items()}}

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from weft.errors import RecipeError
 from weft.merge.weight_matching.blocks import Block, Units, blocks_of, moved, state_of
 from weft.merge.weight_matching.descent import Clock, Descent, solver
+from weft.merge.weight_matching.methods import WeightMatching
+from weft.method import configure
 from weft.symmetry import Group, Symmetry, find_symmetry
 
 Permutations = Mapping[str, Any]
@@ -82,8 +84,8 @@ def match_weights(
         A :class:`Matching`; ``symmetry.apply(model, matching.permutations)`` is B in A's order.
 
     Raises:
-        RecipeError: an unknown group, a wrong start, no descent. ShapeError: the models differ. NonFiniteError: NaN.
-        MissingDependencyError: scipy is not installed.
+        RecipeError: an unknown group, a wrong start, fewer than one descent or sweep. ShapeError: the models differ.
+        NonFiniteError: NaN or infinity. MissingDependencyError: scipy is not installed.
 
     Source: Ainsworth et al., arXiv:2209.04836, section 3.2 and algorithm 1.
 
@@ -97,6 +99,7 @@ def match_weights(
     >>> all(torch.equal(v, a.state_dict()[n]) for n, v in symmetry.apply(b, found.permutations).items())
     True
     """
+    configure(WeightMatching, {"restarts": restarts, "max_sweeps": max_sweeps}, "match_weights")
     a, b = state_of(reference, symmetry, "The reference"), state_of(model, symmetry, "The model")
     return descend(
         blocks_of(symmetry, a, b),
@@ -120,8 +123,6 @@ def descend(
     seed: int = 0,
 ) -> Matching:
     """Descents from one or several starts on any blocks; see :func:`match_weights`."""
-    if restarts < 1 or max_sweeps < 1:
-        raise RecipeError(f"restarts and max_sweeps are at least 1, got {restarts} and {max_sweeps}.")
     solver()  # so that its import is not counted, and refused early
     began, clock = time.perf_counter(), Clock()
     chosen = {symmetry[name].name for name in groups} if groups is not None else {g.name for g in symmetry.groups}
