@@ -6,6 +6,7 @@ calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need non
 model in memory, :func:`quantize_model` writes a quantised copy of one on disk.
 """
 
+from weft.quantize.evaluate import evaluate
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.hqq import HQQ, hqq_codes
@@ -21,6 +22,7 @@ __all__ = [
     "Codebook",
     "Grid",
     "codebook_codes",
+    "evaluate",
     "fake_quantize",
     "fit_grid",
     "gptq_codes",
