@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from weft.cli import quantizing
 from weft.errors import RecipeError, WeftError, did_you_mean
 
 app = typer.Typer(
@@ -465,6 +466,15 @@ def calibrate(
             dry_run=dry_run, force=force, as_json=as_json, progress=progress,
         )  # fmt: skip
     print(text)
+
+
+app.command(
+    context_settings=_METHOD_OPTIONS,
+    epilog="Example: weft quantize model/ --method gptq --bits 4 --group-size 128 --data texts.jsonl -o model-w4/",
+)(quantizing.quantize)
+app.command("eval", epilog="Example: weft eval model-w4/ texts.jsonl --against model/")(quantizing.evaluate)
+app.command(epilog="Example: weft check model-w4/ --for vllm --tensor-parallel 2")(quantizing.check)
+app.command(epilog='Example: weft generate model-w4/ "def main("')(quantizing.generate)
 
 
 @app.command(epilog='Example: weft papers "fine-tunes interfere"')
