@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,7 +42,9 @@ from weft.engine.progress import Progress
 from weft.engine.writer import ShardWriter
 from weft.errors import OutputError, RecipeError, did_you_mean
 from weft.kernels.convert import to_float32
-from weft.packed.form import Packed
+
+if TYPE_CHECKING:
+    from weft.packed.form import Packed
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type: what most matrices are
 PIECE = 1 << 22  # elements in memory at a time
@@ -220,8 +222,6 @@ def _from_transformers(
     importance: Mapping[str, np.ndarray],
     notes: list[str],
 ) -> tuple[list[_Output], int]:
-    from weft.packed.gguf import to_blocks
-
     config = opened.config
     row = ARCHITECTURES[WRITTEN[config["model_type"]]]
     heads = int(config["num_attention_heads"])
@@ -256,7 +256,7 @@ def _from_transformers(
                 _Output(theirs, ggml_type("F32"), tensor.shape, _encoded(tensor, ggml_type("F32"), name, count))
             )
             continue
-        blocks = to_blocks(packed[name]) if name in packed else None
+        blocks = _exact(packed[name]) if name in packed else None
         if name in packed and packed[name].shape != tensor.shape:
             raise RecipeError(f"{name}: {list(packed[name].shape)} is packed, the model has {list(tensor.shape)}.")
         if blocks is not None:
@@ -284,6 +284,12 @@ def _fitting(name: str, shape: tuple[int, ...], main: GGMLType, outer: GGMLType,
         return kind
     notes.append(f"{name}: rows of {shape[-1]} do not divide into blocks of {kind.block}, so it is F16.")
     return ggml_type("F16")
+
+
+def _exact(packed: Packed) -> tuple[GGMLType, np.ndarray] | None:
+    from weft.packed.gguf import to_blocks  # torch is loaded only for packed weights
+
+    return to_blocks(packed)
 
 
 def _whole(data: np.ndarray) -> Callable[[], Iterator[np.ndarray]]:
