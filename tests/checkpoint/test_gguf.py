@@ -190,6 +190,7 @@ def test_norms_of_gemma_are_shifted_and_its_config_is_left_out(tmp_path: Path) -
         ({"llama.expert_count": value_bytes("uint32", 8)}, "llama.expert_count says something"),
         ({"llama.attention.head_count_kv": value_bytes("uint32[]", [2, 2])}, "is not one whole number"),
         ({"llama.block_count": value_bytes("uint32", 3)}, "not those of such a model"),
+        ({"llama.block_count": value_bytes("uint32", 2**31 - 1)}, "not those of such a model"),
         ({"llama.rope.dimension_count": value_bytes("uint32", 8)}, "differs from the size of a head"),
         ({"llama.vocab_size": value_bytes("uint32", 8)}, "differs from the rows"),
         ({"llama.rope.scaling.type": value_bytes("string", "longrope")}, "is not translated"),
@@ -253,6 +254,16 @@ def test_a_split_model_is_one(tmp_path: Path) -> None:
         weft.open(tmp_path)
 
 
+def test_what_lies_beside_the_file_in_a_folder_counts(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", {}, {"a": np.float32([1])})
+    (tmp_path / "config.json").write_text('{"model_type": "mine"}')
+    with weft.open(tmp_path) as opened:
+        assert opened.config == {"model_type": "mine"}
+        assert opened.folder == tmp_path
+    with weft.open(tmp_path / "m.gguf") as opened:
+        assert opened.config == {}
+
+
 def test_a_gguf_file_is_requantised_with_its_metadata(tmp_path: Path) -> None:
     make("llama", tmp_path / "model")
     write_gguf(tmp_path / "model", tmp_path / "m.gguf", kind="f32", name="m")
@@ -305,6 +316,27 @@ def test_packed_weights_on_the_grid_are_written_bit_for_bit(bits: int, kind: str
     assert torch.equal(back.codes, packed[down].codes)
     assert torch.equal(back.scale, packed[down].scale.repeat_interleave(3, 1))
     assert back.bits == bits
+
+
+def test_what_gptq_rounded_is_exported_as_it_is(tmp_path: Path) -> None:
+    from weft.quantize import GPTQ, gptq_codes, quantize_gptq
+
+    model = make("llama", tmp_path / "model")
+    config = GPTQ(bits=4, group_size=32, kind="symmetric", scale_dtype="float16", order="none")
+    quantize_gptq(tmp_path / "model", [{"input_ids": IDS}], tmp_path / "gptq", config)
+    write_gguf(tmp_path / "gptq", tmp_path / "folder.gguf", kind="q4_0")
+    with weft.open(tmp_path / "gptq") as before, weft.open(tmp_path / "folder.gguf") as after:
+        for name, tensor in before.items():
+            if "_proj" in name:
+                assert after.stored[name][0].kind.name == "Q4_0"
+                assert np.array_equal(after[name].numpy(), tensor.numpy()), name
+    name = "model.layers.0.mlp.gate_proj.weight"
+    weight = model.state_dict()[name]
+    rounded = gptq_codes(weight, torch.eye(64) + 0.5, config)
+    packed = {name: Affine(*rounded.codes, bits=4, low=-8)}
+    assert write_gguf(tmp_path / "model", tmp_path / "codes.gguf", kind="f16", packed=packed).exact == 1
+    with weft.open(tmp_path / "codes.gguf") as after:
+        assert np.array_equal(after[name].numpy(), rounded.weight.numpy())
 
 
 def test_zero_points_may_stand_for_the_shift() -> None:
@@ -455,7 +487,9 @@ def test_tokenizers_of_other_kinds_and_damaged_ones_are_refused(tmp_path: Path) 
         (tmp_path / "tokenizer.json").write_text(damaged)
         with pytest.raises(CheckpointError, match="damaged"):
             tokenizer_metadata(tmp_path, 8)
-    assert tokenizer_metadata(tmp_path / "none", 8)[0] == {}
+    none, notes = tokenizer_metadata(tmp_path / "none", 8)
+    assert none == {"tokenizer.ggml.model": value_bytes("string", "no_vocab")}
+    assert "no tokenizer" in notes[0]
 
 
 def test_a_sentencepiece_model_is_read_as_its_library_reads_it(tmp_path: Path) -> None:
@@ -556,9 +590,7 @@ def test_pieces_do_not_change_what_is_written(tmp_path: Path, monkeypatch: pytes
     make("llama", tmp_path / "model")
     whole = write_gguf(tmp_path / "model", tmp_path / "whole.gguf", kind="q4_0").output.read_bytes()
     monkeypatch.setattr("weft.engine.gguf.PIECE", 1000)
-    assert (
-        write_gguf(tmp_path / "model", tmp_path / "pieces.gguf", kind="q4_0").output.read_bytes() == whole
-    )
+    assert write_gguf(tmp_path / "model", tmp_path / "pieces.gguf", kind="q4_0").output.read_bytes() == whole
 
 
 def test_reading_decodes_in_bounded_memory(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from weft.checkpoint.gguf_blocks import (
     encode_blocks,
     encode_weighted,
     ggml_type,
+    keep_grid,
 )
 from weft.errors import CheckpointError, OutputError
 
@@ -137,3 +138,28 @@ def test_weighted_scales_refuse_what_is_not_finite() -> None:
     for bad in (np.full(32, np.nan, np.float32), np.full(32, -1, np.float32)):
         with pytest.raises(OutputError, match="NaN, infinite or negative"):
             encode_weighted(values, bad)
+
+
+def test_values_on_a_grid_keep_their_values() -> None:
+    random, kind = np.random.default_rng(4), ggml_type("Q4_0")
+    scale = (random.standard_normal((3000, 1)) * 10.0 ** random.integers(-4, 2, (3000, 1))).astype(np.float16)
+    scale[scale == 0] = 1
+    codes = random.integers(-8, 8, (3000, 32)) // random.integers(1, 8, (3000, 1))
+    on = scale.astype(np.float32) * codes.astype(np.float32)
+    blocks = encode_blocks(on, kind)
+    assert (decode_blocks(blocks, kind) != on).any(1).mean() > 0.2
+    assert keep_grid(on, blocks) == 3000
+    assert np.array_equal(decode_blocks(blocks, kind), on)
+    off = random.standard_normal((3000, 32)).astype(np.float32)
+    blocks = encode_blocks(off, kind)
+    before = blocks.copy()
+    assert keep_grid(off, blocks) == 0
+    assert np.array_equal(blocks, before)
+    large = np.full((1, 32), 393_216, np.float32)  # beyond float16, an eighth of it is not
+    assert keep_grid(large, encode_blocks(large, kind)) == 1
+    whole = (random.integers(-64, 65, (3000, 32)) / 64).astype(np.float32)  # exact in float16, on no such grid
+    whole[:, 0] = 65 / 64
+    blocks = encode_blocks(whole, kind)
+    before = blocks.copy()
+    assert keep_grid(whole, blocks) == 0
+    assert np.array_equal(blocks, before)

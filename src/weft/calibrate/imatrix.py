@@ -152,7 +152,7 @@ def imatrix_from_statistics(
     for layer in statistics.layers:
         name = row.to_gguf(f"{layer}.weight")
         if name is not None and statistics.rows(layer):
-            squares[name] = statistics.norm(layer).double().square().float().cpu().numpy()[None]
+            squares[name] = statistics.square_sum(layer).float().cpu().numpy()[None]
             counts[name] = np.array([statistics.rows(layer)], np.int64)
     if not squares:
         first = next(iter(statistics.layers), "none")

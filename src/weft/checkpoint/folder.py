@@ -163,7 +163,11 @@ def _open_folder(folder: Path) -> Checkpoint:
             return from_torch_files(found, name, folder=folder)
     files = sorted(folder.glob("*.gguf"))
     if files and (len(files) == 1 or len({re.sub(r"-\d{5}-of-", "", p.name) for p in files}) == 1):
-        return open_path(files[0])
+        opened = open_path(files[0])
+        opened.folder = folder
+        if (folder / "config.json").is_file():
+            opened.config = read_json(folder / "config.json")
+        return opened
     if files:
         raise CheckpointError(f"{folder}: holds {len(files)} GGUF models. Name the file, such as {files[0].name}.")
     inner = sorted(p.parent.name for n in ("config.json", "adapter_config.json") for p in folder.glob(f"*/{n}"))

@@ -19,6 +19,7 @@ from weft.errors import CheckpointError, RecipeError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+NO_TOKENIZER = {"tokenizer.ggml.model": value_bytes("string", "no_vocab")}
 PRE_TOKENIZERS = {_CUT % r"\p{N}{1,3}": "llama-bpe", _CUT % r"\p{N}": "qwen2"}  # how text is cut -> llama.cpp's name
 _SPECIAL = {
     "bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask",
@@ -33,7 +34,7 @@ def tokenizer_metadata(
     """The metadata of a folder's tokenizer.
 
     Args:
-        folder: with ``tokenizer.json`` or ``tokenizer.model``; others give no metadata.
+        folder: with ``tokenizer.json`` or ``tokenizer.model``; of others the metadata says that there is no tokenizer.
         vocabulary: rows of the embedding; tokens that the tokenizer lacks are filled up as unused.
         pre_tokenizer: llama.cpp's name of the rule by which text is cut, where weft does not recognise it.
 
@@ -51,7 +52,9 @@ def tokenizer_metadata(
         elif data:
             entries = _byte_level(data, vocabulary, pre_tokenizer, str(folder))
         else:
-            return {}, [f"{folder.name} has no tokenizer.json or tokenizer.model, so the file has no tokenizer."]
+            return NO_TOKENIZER, [
+                f"{folder.name} has no tokenizer.json or tokenizer.model, so the file has no tokenizer."
+            ]
         return {**entries, **_special(folder, data, vocabulary)}, []
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, RecipeError | CheckpointError):

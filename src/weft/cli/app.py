@@ -190,7 +190,7 @@ def align(
 
 
 @app.command(
-    epilog="Examples: weft convert pytorch_model.bin -o model.safetensors; weft convert model/ -o model.gguf -t q4_0"
+    epilog="Example: weft convert pytorch_model.bin -o model.safetensors, or weft convert model/ -o model.gguf -t q4_0"
 )
 def convert(
     model: Annotated[str, typer.Argument(help="What to read: .bin, .pt, .gguf, folder, base+adapter, Hub id.")],

@@ -18,7 +18,7 @@ import numpy as np
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.files import LocalFile
 from weft.checkpoint.gguf import GGUFCheckpoint, open_gguf
-from weft.checkpoint.gguf_blocks import ENCODERS, GGMLType, encode_blocks, encode_weighted, ggml_type
+from weft.checkpoint.gguf_blocks import ENCODERS, GGMLType, encode_blocks, encode_weighted, ggml_type, keep_grid
 from weft.checkpoint.gguf_header import (
     ALIGNMENT,
     GGUFHeader,
@@ -34,7 +34,7 @@ from weft.checkpoint.gguf_names import (
     metadata_from_config,
     rope_factors,
 )
-from weft.checkpoint.gguf_tokenizer import tokenizer_metadata
+from weft.checkpoint.gguf_tokenizer import NO_TOKENIZER, tokenizer_metadata
 from weft.checkpoint.header import Header
 from weft.checkpoint.open import open_checkpoint
 from weft.engine.journal import WorkFolder
@@ -97,7 +97,8 @@ def write_gguf(
     Args:
         model: a transformers folder (Llama, Mistral, Qwen2, Qwen3), or a GGUF file, whose metadata is kept.
         output: the file.
-        kind: of matrices: f32, f16, bf16, q8_0 or q4_0, rounded to nearest as llama.cpp does. Vectors are written as F32.
+        kind: of matrices: f32, f16, bf16, q8_0 or q4_0, rounded to nearest as llama.cpp does; blocks whose values are on a
+            grid of Q4_0 already keep their values. Vectors are written as F32.
         embeddings: the type of the embedding and the output head; q8_0 beside q4_0, else ``kind``.
         packed: weights by name that are few values already; those on a grid of Q4_0 or Q8_0 are written bit for bit.
         importance: mean square of each input by GGUF's name of the weight, with which scales of Q4_0 are sought.
@@ -189,7 +190,7 @@ def _new_metadata(
         notes.append("GGUF's llama has no sliding window: beyond it the file attends to more than the model did.")
     if opened.folder is None:
         notes.append(f"{opened.name} has no folder with a tokenizer, so the file has none.")
-        return entries
+        return {**entries, **NO_TOKENIZER}
     tokenizer, more = tokenizer_metadata(opened.folder, opened.config["vocab_size"], pre_tokenizer)
     notes += more
     return {**entries, **tokenizer}
@@ -327,9 +328,12 @@ def _encoded(
             values = to_float32(raw.view(tensor.dtype.numpy), tensor.dtype).reshape(count, -1)
             values = _paired(values, count // unit if heads else 0)
             if kind.name == "Q4_0" and importance is not None:
-                yield encode_weighted(values.reshape(-1, last), importance, name)
+                blocks = encode_weighted(values.reshape(-1, last), importance, name)
             else:
-                yield encode_blocks(values.reshape(-1, kind.block), kind, name)
+                blocks = encode_blocks(values.reshape(-1, kind.block), kind, name)
+            if kind.name == "Q4_0":
+                keep_grid(values.reshape(-1, kind.block), blocks)
+            yield blocks
 
     return pieces
 
