@@ -527,6 +527,13 @@ def test_a_sentencepiece_model_is_read_as_its_library_reads_it(tmp_path: Path) -
         ({"num_local_experts": 4}, "num_local_experts is set"),
         ({"hidden_act": "gelu"}, "always silu"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' are not written"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "damaged or incomplete"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "damaged or incomplete"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "damaged or incomplete"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "with mscale = 0.7"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "with partial_rotary_factor = 0.5"),
+        ({"intermediate_size": 2**40}, "damaged or incomplete"),
+        ({"num_key_value_heads": "2"}, "damaged or incomplete"),
         ({"num_hidden_layers": 3}, "do not fit together"),
         ({"vocab_size": 99}, "do not fit together"),
         ({"num_attention_heads": 3}, "do not divide into 3 heads"),
@@ -540,6 +547,14 @@ def test_models_that_gguf_cannot_say_are_refused(change: dict[str, Any], words: 
     with pytest.raises(RecipeError, match=words):
         write_gguf(tmp_path / "model", tmp_path / "m.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_missing_head_is_no_tied_head(tmp_path: Path) -> None:
+    make("qwen2", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(RecipeError, match=r"has no lm_head\.weight"):
+        write_gguf(tmp_path / "model", tmp_path / "m.gguf")
 
 
 def test_outputs_are_whole_or_not_there(

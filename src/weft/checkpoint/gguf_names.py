@@ -8,6 +8,7 @@ reordered; norms of Gemma multiply by w in GGUF and by 1 + w in transformers; ti
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,13 @@ WRITTEN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwe
 _LLAMA3 = {
     "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }  # fmt: skip
+_ROPE: dict[str, tuple[str, ...]] = {  # the types that are written, and what they say
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", *_LLAMA3),
+}
+_ROPE_DEFAULTS = {"partial_rotary_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "truncate": True}  # llama.cpp's too
 _SIZES = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -217,39 +225,62 @@ def metadata_from_config(config: Mapping[str, Any], name: str) -> dict[str, tupl
             "Use llama.cpp's convert_hf_to_gguf.py."
         )
     own = WRITTEN[kind]
-    for key in ("num_local_experts", "num_experts", "quantization_config"):
+    for key in ("num_local_experts", "num_experts", "quantization_config", "use_sliding_window"):
         if config.get(key):
-            raise RecipeError(f"{name}: {key} is set in config.json, and such models are not written as GGUF.")
-    if config.get("use_sliding_window"):
-        raise RecipeError(f"{name}: use_sliding_window is set, which GGUF's {own} cannot say.")
+            raise RecipeError(
+                f"{name}: {key} is set in config.json, which GGUF's {own} cannot say, or weft does not write."
+            )
     if config.get("hidden_act", "silu") != "silu":
         raise RecipeError(f"{name}: hidden_act is {config['hidden_act']!r}, and GGUF's {own} is always silu.")
-    entries = {"general.architecture": value_bytes("string", own), "general.type": value_bytes("string", "model")}
-    if name:
-        entries["general.name"] = value_bytes("string", name)
-    for key, theirs in _SIZES.items():
-        entries[f"{own}.{key}"] = value_bytes("uint32", _whole(config, theirs, name))
-    heads = _whole(config, "num_attention_heads", name)
-    pairs = config.get("num_key_value_heads") or heads
-    head = config.get("head_dim") or config["hidden_size"] // heads
+    label = name.encode("utf-8", "replace").decode()  # folders may be called anything
+    entries = {
+        "general.architecture": value_bytes("string", own),
+        "general.type": value_bytes("string", "model"),
+        **({"general.name": value_bytes("string", label)} if label else {}),
+    }
+    try:
+        for key, theirs in _SIZES.items():
+            entries[f"{own}.{key}"] = value_bytes("uint32", _whole(config, theirs, name))
+        heads = config["num_attention_heads"]
+        head = config.get("head_dim") or config["hidden_size"] // heads
+        entries[f"{own}.attention.head_count_kv"] = value_bytes("uint32", config.get("num_key_value_heads") or heads)
+        entries[f"{own}.attention.key_length"] = value_bytes("uint32", head)
+        entries[f"{own}.attention.value_length"] = value_bytes("uint32", head)
+        epsilon = float(config.get("rms_norm_eps", 1e-6))
+        entries[f"{own}.attention.layer_norm_rms_epsilon"] = value_bytes("float32", epsilon)
+        entries[f"{own}.rope.dimension_count"] = value_bytes("uint32", head)
+        entries[f"{own}.vocab_size"] = value_bytes("uint32", _whole(config, "vocab_size", name))
+        return {**entries, **_rope_entries(config, own, name)}
+    except (KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{name}: config.json is damaged or incomplete ({error!r}). Replace it.") from None
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of rotary embeddings, in the old form or the new: ``rope_type``, ``rope_theta`` and more."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    entries[f"{own}.attention.head_count_kv"] = value_bytes("uint32", pairs)
-    entries[f"{own}.attention.key_length"] = value_bytes("uint32", head)
-    entries[f"{own}.attention.value_length"] = value_bytes("uint32", head)
-    entries[f"{own}.attention.layer_norm_rms_epsilon"] = value_bytes("float32", float(config.get("rms_norm_eps", 1e-6)))
-    entries[f"{own}.rope.freq_base"] = value_bytes("float32", float(theta))
-    entries[f"{own}.rope.dimension_count"] = value_bytes("uint32", head)
-    entries[f"{own}.vocab_size"] = value_bytes("uint32", _whole(config, "vocab_size", name))
-    scaling = str(rope.get("rope_type", rope.get("type", "default")))
-    if scaling in ("linear", "yarn"):
-        entries[f"{own}.rope.scaling.type"] = value_bytes("string", scaling)
+    made = {k: v for k, v in rope.items() if v is not None and k != "type"}
+    return {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 10000.0), **made}
+
+
+def _rope_entries(config: Mapping[str, Any], own: str, name: str) -> dict[str, tuple[int, bytes]]:
+    rope = rope_of(config)
+    kind = rope["rope_type"]
+    if kind not in _ROPE:
+        raise RecipeError(f"{name}: rotary embeddings of the type {kind!r} are not written as GGUF.")
+    for key, value in rope.items():
+        if key not in ("rope_type", "rope_theta", *_ROPE[kind]) and _ROPE_DEFAULTS.get(key) != value:
+            raise RecipeError(f"{name}: rotary embeddings with {key} = {value!r} are not written as GGUF.")
+    entries = {f"{own}.rope.freq_base": value_bytes("float32", float(rope["rope_theta"]))}
+    if kind == "llama3":
+        rope_factors(config)  # which must be there
+    if kind in ("linear", "yarn"):
+        entries[f"{own}.rope.scaling.type"] = value_bytes("string", kind)
         entries[f"{own}.rope.scaling.factor"] = value_bytes("float32", float(rope["factor"]))
-        if scaling == "yarn":
-            first = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
-            entries[f"{own}.rope.scaling.original_context_length"] = value_bytes("uint32", first)
-    elif scaling not in ("default", "llama3"):
-        raise RecipeError(f"{name}: rotary embeddings of the type {scaling!r} are not written as GGUF.")
+    if kind == "yarn":
+        old = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
+        entries[f"{own}.rope.scaling.original_context_length"] = value_bytes("uint32", old)
     return entries
 
 
@@ -259,10 +290,10 @@ def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
     Frequencies whose wave is longer than the old context / ``low_freq_factor`` are divided by ``factor``, those with waves
     shorter than it / ``high_freq_factor`` are left, and those between go over smoothly (Llama 3.1).
     """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if rope.get("rope_type", rope.get("type")) != "llama3":
+    rope = rope_of(config)
+    if rope["rope_type"] != "llama3":
         return None
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = float(rope["rope_theta"])
     head = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
     waves = 2 * np.pi * theta ** (np.arange(0, head, 2, dtype=np.float64) / head)

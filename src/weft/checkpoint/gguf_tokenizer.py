@@ -21,7 +21,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 NO_TOKENIZER = {"tokenizer.ggml.model": value_bytes("string", "no_vocab")}
 PRE_TOKENIZERS = {_CUT % r"\p{N}{1,3}": "llama-bpe", _CUT % r"\p{N}": "qwen2"}  # how text is cut -> llama.cpp's name
-_SPECIAL = {
+_SPECIAL = {  # of transformers -> of GGUF, which spells one of them so
     "bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask",
 }  # fmt: skip
 _LOOK_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")  # of models that do not mark them as special

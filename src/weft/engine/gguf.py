@@ -232,6 +232,11 @@ def _from_transformers(
         raise RecipeError(
             f"{opened.name} has no weight {strange[0]!r} that is packed.{did_you_mean(strange[0], opened)}"
         )
+    if "lm_head.weight" not in opened and not config.get("tie_word_embeddings"):
+        raise RecipeError(
+            f"{opened.name}: has no lm_head.weight, and config.json does not say tie_word_embeddings. GGUF would take the "
+            "embedding as the head; correct config.json, or add the head."
+        )
     outputs, exact, again = [], 0, []
     factors = rope_factors(config)
     if factors is not None:
@@ -248,9 +253,9 @@ def _from_transformers(
         count = 0
         if row.permuted:
             count = heads if ".attn_q." in theirs else pairs if ".attn_k." in theirs else 0
-            if count and tensor.shape[0] % (2 * count):
+            if count and (not tensor.shape or tensor.shape[0] % (2 * count)):
                 raise RecipeError(
-                    f"{name}: {tensor.shape[0]} rows do not divide into {count} heads; config.json is of another model."
+                    f"{name}: the rows of {list(tensor.shape)} do not divide into {count} heads; config.json is of another model."
                 )
         if len(tensor.shape) < 2:
             outputs.append(
