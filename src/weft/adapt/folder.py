@@ -7,6 +7,7 @@ fingerprint of the base, so that an adapter is not put on another model without 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from weft.adapt.weft_folder import read_weft, weft_files, write_weft
 from weft.adapt.weights import AdaptedWeight, Stored, adapted_weights, base_of, plain_tensors, put_on
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.fingerprint import Fingerprint, another_base, differing, fingerprint_of, recorded_base
+from weft.checkpoint.live_names import names_of_model
 from weft.checkpoint.lora_folder import CONFIG_FILE, WEFT_CONFIG, WEFT_WEIGHTS, open_adapter
 from weft.checkpoint.memory import from_mapping
 from weft.engine.adapter_writer import AdapterWriter
@@ -197,7 +199,7 @@ def load_adapter_(
         )
     with open_adapter(path) as adapter:
         own = weft_files(path)
-        stored, notes = (read_weft(adapter), []) if own else read_peft(model, adapter)
+        stored, notes = (_renamed(model, read_weft(adapter), path.name), []) if own else read_peft(model, adapter)
         keys = list(adapter)
         known = _base_known(model, path, adapter, stored, check_base)
     _places_there(model, stored, path.name)
@@ -242,10 +244,11 @@ def restore_adapter_(
     mine = {w.names[0]: w.functions for w in adapted_weights(model, name)}
     own = weft_files(Path(folder))
     with open_adapter(Path(folder)) as adapter:
-        stored = read_weft(adapter) if own else read_peft(model, adapter)[0]
+        stored = _renamed(model, read_weft(adapter), Path(folder).name) if own else read_peft(model, adapter)[0]
         _base_known(model, Path(folder), adapter, stored, check_base)
         spare = f"{name} (being restored)"
-        put_on(model, stored, spare)
+    _places_there(model, stored, Path(folder).name)
+    put_on(model, stored, spare)
     try:
         theirs = {w.names[0]: w.functions for w in adapted_weights(model, spare)}
         if mine.keys() != theirs.keys():
@@ -276,6 +279,24 @@ def _inner(path: Path) -> str:
     """PEFT keeps adapters that are not called default in folders of their names."""
     inner = sorted(p.parent.name for n in (CONFIG_FILE, f"{WEFT_CONFIG}.json") for p in path.glob(f"*/{n}"))
     return f" Its subfolder {inner[0]!r} is one." if inner else ""
+
+
+def _renamed(model: nn.Module, stored: dict[str, list[Stored]], where: str) -> dict[str, list[Stored]]:
+    """With the model's names for the weights of an adapter that was made when transformers had others."""
+    held = plain_tensors(model)
+    lost = [n for n in stored if n not in held]
+    names = names_of_model(unwrapped(model), held) if lost else None
+    if names is None:
+        return stored
+    new = names.places(lost, held, where)
+
+    def called(several: list[Stored]) -> list[Stored]:
+        return [
+            dataclasses.replace(s, shared={n: (new.get(w, w), i, t) for n, (w, i, t) in s.shared.items()})
+            for s in several
+        ]
+
+    return {new.get(full, full): called(several) for full, several in stored.items()}
 
 
 def _places_there(model: nn.Module, stored: Mapping[str, list[Stored]], where: str) -> None:
@@ -332,7 +353,11 @@ def _base_known(model: nn.Module, path: Path, adapter: Checkpoint, stored: Mappi
     if not check:
         return "not checked, as asked"
     held = plain_tensors(model)
-    found: dict[str, Fingerprint] = {n: fingerprint_of(base_of(held[n])) for n in said if n in held}
+    place = {n: n for n in said if n in held}
+    names = names_of_model(unwrapped(model), held) if len(place) < len(said) else None
+    if names is not None:
+        place = names.places(said, held) | place
+    found: dict[str, Fingerprint] = {n: fingerprint_of(base_of(held[p])) for n, p in place.items()}
     other = differing(said, found)
     if other:
         raise CheckpointError(another_base(path.name, other, len(found), "check_base=False"))

@@ -17,6 +17,7 @@ import xxhash
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.dtypes import DTYPES, DType, dtype_of
 from weft.checkpoint.folder import read_json
+from weft.checkpoint.live_names import live_names
 from weft.errors import CheckpointError
 from weft.kernels.convert import OUTPUT_DTYPES, from_float32, to_float32
 
@@ -94,8 +95,10 @@ def check_base(adapter: Checkpoint, base: Checkpoint) -> str:
         other = f", and names {named!r}" if named and named != base.name.rpartition("/")[2] else ""
         return f"not checked: the adapter has no fingerprint of its base{other}"
     found = {}
+    names = None if all(n in base for n in said) else live_names(base)
+    renamed = names.places(said, base) if names is not None else {}
     for name in said:
-        place = name if name in base else _other_prefix(name, base)
+        place = name if name in base else renamed.get(name) or _other_prefix(name, base)
         if place is not None and base[place].dtype.name in OUTPUT_DTYPES:
             found[name] = fingerprint(base[place])
     wrong = differing(said, found)

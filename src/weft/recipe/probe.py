@@ -21,6 +21,7 @@ from weft.checkpoint.adapter_names import find_places
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.computed import BLOCK, as_float32
 from weft.checkpoint.dtypes import DTYPES
+from weft.checkpoint.live_names import live_names
 from weft.checkpoint.lora_folder import MissPart, Part, read_adapter
 from weft.errors import CheckpointError, RecipeError, WeftError
 from weft.kernels.convert import to_float32
@@ -106,7 +107,7 @@ def probe_outputs(
         "largest": largest,
         "top1": float((after.argmax(-1) == before.argmax(-1)).double().mean()),
         "positions": int(np.prod(before.shape[:-1])),
-        "on": Path(data).name if data else f"random tokens, seed {seed}",
+        "on": Path(data).name if data else f"random {'images' if 'pixel_values' in batch else 'tokens'}, seed {seed}",
     }
 
 
@@ -117,7 +118,10 @@ def _batch(base: Checkpoint, seed: int, data: str) -> dict[str, Any]:
     text = base.config.get("text_config")
     sizes = {**(text if isinstance(text, Mapping) else {}), **base.config}
     if not data:
-        vocabulary = sizes.get("vocab_size")
+        vocabulary, side = sizes.get("vocab_size"), sizes.get("image_size")
+        if vocabulary is None and isinstance(side, int):
+            images = (_BATCH, int(sizes.get("num_channels") or 3), side, side)
+            return {"pixel_values": torch.randn(images, generator=torch.Generator().manual_seed(seed))}
         if not isinstance(vocabulary, int) or vocabulary < 1:
             raise CannotRunError("the base's config.json says no vocab_size")
         positions = sizes.get("max_position_embeddings") or sizes.get("n_positions") or _LENGTH
@@ -264,7 +268,7 @@ def _changes(base: Checkpoint, adapters: Sequence[Weighted]) -> tuple[dict[str, 
         parsed = read_adapter(adapter)
         saved = [str(m) for m in adapter.config.get("modules_to_save") or ()]
         changed = with_adapter(names, adapter, weight)
-        place = find_places(parsed, {*changed, *names}, saved, changed.name)
+        place = find_places(parsed, {*changed, *names}, saved, changed.name, live=lambda: live_names(base))
         for module, part in parsed.parts.items():
             name = place[module]
             if part.bias is not None:
