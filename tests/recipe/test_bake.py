@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import weft
-from weft.adapt import LoRA, load_adapter_, save_adapter, switch_
+from weft.adapt import Bone, LoRA, SVFit, load_adapter_, save_adapter, switch_
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.engine.run import Options
 from weft.errors import CheckpointError, RecipeError, VerificationError
@@ -92,14 +92,26 @@ def test_half_precision_is_rounded_once_and_the_probe_says_how_much(folders: Pat
     assert {p.name for p in folders.iterdir()} == {"base", "a", "b", "out", "exact"}
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries may sum in another order")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [LoRA(rank=5, alpha=7), Bone(rank=4), SVFit(rank=3)], ids=["lora", "miss", "svfit"])
+def test_files_get_the_bits_of_baking_in_memory(config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    llama(dtype).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "a", config, ["q_proj", "down_proj"], dtype=dtype)
+    bake(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out", probe=False)
+    weft.bake_(model)
+    files = type(model).from_pretrained(tmp_path / "out", dtype=dtype).state_dict()
+    assert all(torch.equal(files[n], t) for n, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("form", ["outputs", "products"])
 def test_the_probe_notices_a_wrong_result(form: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from weft.checkpoint import computed
 
     right = computed.add_product
 
-    def wrong(left: np.ndarray, factor: np.ndarray, out: np.ndarray) -> None:
-        right(left * np.float32(1.1), factor, out)
+    def wrong(left: np.ndarray, factor: np.ndarray, scale: np.float32, out: np.ndarray) -> None:
+        right(left, factor, scale * np.float32(1.1), out)
 
     monkeypatch.setattr(computed, "add_product", wrong)
     options = Options(memory=10**9 if form == "outputs" else 10**4)

@@ -220,7 +220,7 @@ class _Model:
             )
 
         def load() -> Factors:
-            return as_factors(as_float32(change)[:, None] * scale, np.ones((1, 1), np.float32))
+            return as_factors(as_float32(change)[:, None], np.ones((1, 1), np.float32), scale=scale)
 
         self.set_alone(name, computed(LowRankUpdate(self.weight(name), load, self._scratch, [change])))
 
