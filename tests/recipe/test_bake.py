@@ -127,7 +127,7 @@ def test_where_outputs_cannot_be_compared_products_are(folders: Path) -> None:
     options = Options(memory=10**4)
     adapters: list[Any] = [(folders / "a", 1.0), (folders / "b", 0.3)]
     done = bake(folders / "base", adapters, folders / "out", options=options, dtype="bfloat16")
-    assert "more than --memory" in done.probe["why_not_outputs"]
+    assert "more than the budget" in done.probe["why_not_outputs"]
     assert done.probe["tensors"] == 7  # q, down and up of two layers, and the norm
     assert done.probe["by_value"] == 1
     assert 1e-4 < done.probe["change"] < 0.02
@@ -168,7 +168,7 @@ def test_what_peft_made_is_baked_and_probed(case: str, folders: Path) -> None:
 
 def test_another_base_is_refused_and_can_be_asked_for(folders: Path) -> None:
     bake(folders / "base", [(folders / "b", 1.0)], folders / "other", probe=False)
-    with pytest.raises(CheckpointError, match=r"another base: 2 of 5 weights.*--no-check-base"):
+    with pytest.raises(CheckpointError, match=r"another base: 2 of 5 weights.*check_base=False"):
         bake(folders / "other", [(folders / "a", 1.0)], folders / "out")
     assert not (folders / "out").exists()
     done = bake(folders / "other", [(folders / "a", 1.0)], folders / "out", check_base=False)
@@ -225,7 +225,7 @@ def test_nan_and_overflow_are_not_published(folders: Path) -> None:
                 parameter.fill_(1e4)
     save_adapter(huge, folders / "huge")
     for options in (Options(), Options(memory=10**4)):
-        with pytest.raises(VerificationError, match=r"NaN or infinity.*too large for --dtype"):
+        with pytest.raises(VerificationError, match=r"NaN or infinity.*too large for the dtype"):
             bake(folders / "base", [(folders / "huge", 1.0)], folders / "out", dtype="float16", options=options)
     assert not (folders / "out").exists()
 

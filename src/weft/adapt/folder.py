@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +150,13 @@ def save_adapter(
     assert tensors is not None
     files = {"weights_file": WEFT_WEIGHTS, "config_file": f"{WEFT_CONFIG}.json"} if own else {}
     opened = from_mapping({n: _whole(n, t) for n, t in tensors.items()})
+    bad = [n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if bad:
+        warnings.warn(
+            f"the adapter {name!r} holds NaN or infinity ({_some(bad)}): its training diverged. It is saved as it is, and "
+            "will not load; go back to an earlier checkpoint, and train with a lower learning rate.",
+            stacklevel=2,
+        )
     report = _side_file(model, weights, made, base)
     target = Path(os.path.abspath(Path(folder).expanduser()))
     if not _is_sharded(model) or torch.distributed.get_rank() == 0:
@@ -157,7 +165,8 @@ def save_adapter(
                 writer.add(key, tensor.bits(), tensor.dtype, tensor.shape)
             writer.publish(config, report)
     strength = {f.strength for w in weights for f in w.functions}
-    notes = [f"its strength of {s:g} is not saved: a folder holds it as trained" for s in strength if s != 1]
+    notes = [f"NaN or infinity in {_some(bad)}"] if bad else []
+    notes += [f"its strength of {s:g} is not saved: a folder holds it as trained" for s in strength if s != 1]
     return SavedAdapter(target, made, why, len(opened), opened.nbytes, notes)
 
 
@@ -184,8 +193,8 @@ def load_adapter_(
         check_base: compare the base with the fingerprint in ``weft.json``.
 
     Raises:
-        CheckpointError: the file is damaged or not complete, a tensor has no place in the model or another shape, or
-            the model is another one than the adapter was trained on. The model is then as before.
+        CheckpointError: the file is damaged or not complete, holds NaN or infinity, a tensor has no place in the model
+            or another shape, or the model is another one than the adapter was trained on. The model is then as before.
         RecipeError: the model has an adapter of this name.
     """
     check_name(model, name)
@@ -203,6 +212,7 @@ def load_adapter_(
         keys = list(adapter)
         known = _base_known(model, path, adapter, stored, check_base)
     _places_there(model, stored, path.name)
+    _refuse_not_finite(stored, path.name)
     put_on(model, stored, name)
     mine = {id(f): f for w in adapted_weights(model, name) for f in w.functions}
     parameters = {id(p): p for f in mine.values() for p in f.parameters()}
@@ -229,7 +239,7 @@ def restore_adapter_(
 
     Raises:
         RecipeError: the model has no adapter of this name.
-        CheckpointError: the folder's adapter is on other weights, or of another method or shape.
+        CheckpointError: the folder's adapter is on other weights, of another method or shape, or holds NaN or infinity.
 
     >>> import tempfile, weft
     >>> model, folder = nn.Sequential(nn.Linear(4, 4)), tempfile.mkdtemp() + "/mine"
@@ -248,6 +258,7 @@ def restore_adapter_(
         _base_known(model, Path(folder), adapter, stored, check_base)
         spare = f"{name} (being restored)"
     _places_there(model, stored, Path(folder).name)
+    _refuse_not_finite(stored, Path(folder).name)
     put_on(model, stored, spare)
     try:
         theirs = {w.names[0]: w.functions for w in adapted_weights(model, spare)}
@@ -269,6 +280,25 @@ def restore_adapter_(
             function.load_state_dict(saved.state_dict())
     finally:
         remove_(model, spare)
+
+
+def _refuse_not_finite(stored: Mapping[str, list[Stored]], where: str) -> None:
+    bad = [
+        f"{full}, {name}"
+        for full, several in stored.items()
+        for one in several
+        for name, t in one.tensors.items()
+        if t.is_floating_point() and not bool(t.isfinite().all())
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{where}: holds NaN or infinity ({_some(bad)}), and so would everything that the model computes. Its training "
+            "diverged, or the file is damaged; take an earlier checkpoint."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _shapes(state: Mapping[str, Tensor]) -> str:
@@ -360,5 +390,5 @@ def _base_known(model: nn.Module, path: Path, adapter: Checkpoint, stored: Mappi
     found: dict[str, Fingerprint] = {n: fingerprint_of(base_of(held[p])) for n, p in place.items()}
     other = differing(said, found)
     if other:
-        raise CheckpointError(another_base(path.name, other, len(found), "check_base=False"))
+        raise CheckpointError(another_base(path.name, other, len(found)))
     return "the same" if found else "not checked: the model has other names"

@@ -103,7 +103,7 @@ def check_base(adapter: Checkpoint, base: Checkpoint) -> str:
             found[name] = fingerprint(base[place])
     wrong = differing(said, found)
     if wrong:
-        raise CheckpointError(another_base(adapter.name, wrong, len(found), "--no-check-base"))
+        raise CheckpointError(another_base(adapter.name, wrong, len(found)))
     if not found:
         return "not checked: the base's tensors have other names, or are packed"
     return f"the same ({len(found)} of {len(said)} tensors compared)"
@@ -115,11 +115,11 @@ def _other_prefix(name: str, base: Checkpoint) -> str | None:
     return found[0] if len(found) == 1 and "." in found[0] else None
 
 
-def another_base(where: str, other: list[str], count: int, anyway: str) -> str:
+def another_base(where: str, other: list[str], count: int) -> str:
     """The message for a base that is not the one an adapter was trained on."""
     return (
         f"{where}: was trained on another base: {len(other)} of {count} weights differ from it, such as {other[0]}. Take the "
-        f"base that it was trained on (its name is in weft.json); to put it on this one all the same, pass {anyway}."
+        f"base that it was trained on (its name is in weft.json); to put it on this one all the same, pass check_base=False."
     )
 
 

@@ -163,7 +163,7 @@ class CheckpointWriter:
         if not (self.output.exists() or self.output.is_symlink()):
             return
         if not self._force:
-            raise OutputError(f"{self.output}: exists already. Choose another output, or replace it with force.")
+            raise OutputError(f"{self.output}: exists already. Choose another output, or replace it with force=True.")
         if not (self.output.is_dir() and ((self.output / REPORT_FILE).is_file() or not any(self.output.iterdir()))):
             raise OutputError(
                 f"{self.output}: exists and was not made by weft, so it is not replaced. Remove it yourself."

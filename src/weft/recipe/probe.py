@@ -59,7 +59,7 @@ def probe_outputs(
     needed = 4 * base.parameters
     if needed > memory:
         raise CannotRunError(
-            f"the model takes {needed / 1e9:.2g} GB in float32, more than --memory {memory / 1e9:.2g} GB"
+            f"the model takes {needed / 1e9:.2g} GB in float32, more than the budget of {memory / 1e9:.2g} GB (memory)"
         )
     if any(tensor.stored is not None for tensor in base.values()):
         raise CannotRunError("the base itself is computed when it is read, and is no folder of transformers")
