@@ -123,6 +123,28 @@ def test_the_probe_notices_a_wrong_result(form: str, folders: Path, monkeypatch:
     assert not (folders / "no").exists()
 
 
+def test_a_model_of_encoder_and_decoder_is_probed_by_its_outputs(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 37, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    model.save_pretrained(tmp_path / "base")
+    weft.adapt_(model, LoRA(rank=2), where=["q", "wo"])
+    fill_b(model)
+    save_adapter(model, tmp_path / "a")
+    done = bake(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out")
+    assert done.probe["kind"] == "outputs"
+    assert done.probe["change"] < 1e-5
+    made = type(model).from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        first, second = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, made))
+    assert (first - second).abs().max() < 1e-5
+
+
+def fill_b(model: Any) -> None:
+    for several in weft.functions(model).values():
+        torch.nn.init.normal_(several[0].B)
+
+
 def test_where_outputs_cannot_be_compared_products_are(folders: Path) -> None:
     options = Options(memory=10**4)
     adapters: list[Any] = [(folders / "a", 1.0), (folders / "b", 0.3)]

@@ -126,7 +126,9 @@ def _batch(base: Checkpoint, seed: int, data: str) -> dict[str, Any]:
             raise CannotRunError("the base's config.json says no vocab_size")
         positions = sizes.get("max_position_embeddings") or sizes.get("n_positions") or _LENGTH
         shape = (_BATCH, max(1, min(_LENGTH, int(positions) - 2)))
-        return {"input_ids": torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))}
+        return _both_ends(
+            {"input_ids": torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))}, sizes
+        )
     texts = read_texts(data)[:_TEXTS]
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
@@ -135,7 +137,14 @@ def _batch(base: Checkpoint, seed: int, data: str) -> dict[str, Any]:
             f"{data}: texts need the base's tokenizer, which cannot be loaded ({str(error).splitlines()[0][:200]})."
         ) from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=_TEXT_LENGTH))
+    made = dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=_TEXT_LENGTH))
+    return _both_ends(made, sizes)
+
+
+def _both_ends(batch: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the same tokens for a decoder beside an encoder."""
+    both = config.get("is_encoder_decoder") is True
+    return {**batch, "decoder_input_ids": batch["input_ids"]} if both else batch
 
 
 def read_texts(path: str) -> list[str]:
