@@ -99,6 +99,8 @@ def test_baking_files_gives_the_outputs_of_pefts_merge(kind: str, tmp_path: Path
     assert (outputs(reloaded(kind, tmp_path / "out"), kind) - merged).abs().max() < 1e-5
     with weft.open(tmp_path / "base") as before, weft.open(tmp_path / "out") as after:
         assert list(before) == list(after), "the baked model has other names than its base"
+        with weft.open(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}") as both:
+            assert all(torch.equal(both[n].torch(), t.torch()) for n, t in after.items())
 
 
 @pytest.mark.parametrize("config", [LoRA(rank=2), SVFit(rank=2)], ids=["peft", "weft"])
@@ -189,3 +191,26 @@ def test_names_that_nothing_renames_are_still_refused(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="the base has no tensor"):
         bake(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+def test_adapters_merge_with_whole_tensors_of_a_renamed_base(tmp_path: Path) -> None:
+    from weft.edit import merge_adapters
+
+    model_of("vit").save_pretrained(tmp_path / "base")
+    whole = []
+    for number in range(2):
+        model = model_of("vit")
+        weft.adapt_(model, LoRA(rank=1), where="q_proj", modules_to_save="layernorm_after")
+        torch.manual_seed(number)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter)
+        save_adapter(model, tmp_path / f"a{number}")
+        whole.append(model.vit.layers[1].layernorm_after.weight.detach().clone())
+    both = [tmp_path / "a0", tmp_path / "a1"]
+    merge_adapters(both, tmp_path / "sum", weights=[0.5, 0.25], base=tmp_path / "base")
+    merged = model_of("vit")
+    load_adapter_(merged, tmp_path / "sum")
+    start = model_of("vit").vit.layers[1].layernorm_after.weight
+    expected = 0.25 * start + 0.5 * whole[0] + 0.25 * whole[1]
+    torch.testing.assert_close(merged.vit.layers[1].layernorm_after.weight, expected)
