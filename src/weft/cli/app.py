@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -76,10 +77,22 @@ def main() -> None:
 
 
 def _fail(error: WeftError) -> None:
+    message = as_typed(str(error))
     if "--json" in sys.argv:
-        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-    print(f"error: {error}", file=sys.stderr)
+        print(json.dumps({"error": type(error).__name__, "message": message}))
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(error.exit_code)
+
+
+def as_typed(message: str) -> str:
+    """A message that names arguments of Python's functions, with the options that one types instead.
+
+    >>> as_typed('replace it with force=True, or choose missing="skip"')
+    'replace it with --force, or choose --missing skip'
+    """
+    message = message.replace("check_base=False", "--no-check-base").replace("max_change", "--max-change")
+    message = re.sub(r'\b(missing|mismatch)="(\w+)"', r"--\1 \2", message).replace("base=…", "--base")
+    return re.sub(r"\b(force|allow_non_finite)=True", lambda found: "--" + found[1].replace("_", "-"), message)
 
 
 @app.command(epilog="Example: weft run recipe.yaml -o merged/ --dry-run")

@@ -180,6 +180,6 @@ def check_target(checkpoint: Checkpoint, output: Path, force: bool) -> None:
     if not (output.exists() or output.is_symlink()):
         return
     if not force:
-        raise OutputError(f"{output}: exists already. Choose another output, or replace it with force.")
+        raise OutputError(f"{output}: exists already. Choose another output, or replace it with force=True.")
     if not (output.is_dir() and ((output / REPORT_FILE).is_file() or not any(output.iterdir()))):
         raise OutputError(f"{output}: exists and was not made by weft, so it is not replaced. Remove it yourself.")
