@@ -63,7 +63,7 @@ class BitsAndBytes(Format):
         made = {
             "weight": pack_high_first(packed.codes).unsqueeze(1),
             "weight.absmax": packed.scale,
-            "weight.quant_map": packed.levels[0].float(),
+            "weight.quant_map": packed.levels[0].float().clone(),  # each layer its own: files share no tensors
         }
         if packed.nested_scale is not None and packed.mean is not None:
             state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": packed.mean.item()}
