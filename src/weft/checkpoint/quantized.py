@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 KEY = "quantization_config"
 _BESIDE = "quantize_config.json"  # where older GPTQ models say it
+_MOST = 4096  # weights that a byte can stand for: one index of eight bits into vectors of any real length
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -71,6 +72,12 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             shape = form.shape(layer, shapes, get, settings)
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.name}: {error}") from None
+        nbytes = sum(files[part].nbytes for part in parts)
+        if math.prod(shape) > _MOST * nbytes:
+            raise CheckpointError(
+                f"{checkpoint.name}: {name} is said to be {list(shape)}, which its {nbytes:,} packed bytes cannot hold. The file is "
+                "damaged or hostile; do not use it."
+            )
         if name in files and name not in parts:
             raise CheckpointError(f"{checkpoint.name}: has {name} packed, and plain too. Remove one of them.")
 

@@ -70,8 +70,8 @@ class Affine(Packed):
         return self.codes.shape[1] // self.scale.shape[1]
 
     def dequantize(self) -> Tensor:
-        groups = self.codes.float().unflatten(1, (self.scale.shape[1], -1))
-        return ((groups - self.zero.float().unsqueeze(-1)) * self.scale.float().unsqueeze(-1)).flatten(1)
+        groups = self.codes.float().unflatten(1, (self.scale.shape[1], -1))  # its own memory, changed in place
+        return groups.sub_(self.zero.float().unsqueeze(-1)).mul_(self.scale.float().unsqueeze(-1)).flatten(1)
 
     def tensors(self) -> dict[str, Tensor]:
         made = {"codes": pack_bits(self.codes.to(torch.int64) - self.low, self.bits), "scale": self.scale.contiguous()}
@@ -133,11 +133,16 @@ class Minifloat(Packed):
         return 1 + exponent + mantissa
 
     def dequantize(self) -> Tensor:
-        values = minifloat_levels(self.kind).to(self.codes.device)[self.codes.long()]
+        values = minifloat_levels(self.kind).to(self.codes.device)[self.codes.int()]
         scale = self.scale.float()
         if self.global_scale is not None:
             scale = (scale.double() * self.global_scale.double()).float()
-        return values * _spread(scale, self.block, self.shape)
+        rows, columns = (min(b, n) for b, n in zip(self.block, self.shape))
+        if self.shape[0] % rows or self.shape[1] % columns:
+            return values.mul_(_spread(scale, self.block, self.shape))
+        blocks = values.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # a view
+        blocks.mul_(scale[:, None, :, None])
+        return values
 
     def tensors(self) -> dict[str, Tensor]:
         codes = self.codes.contiguous() if self.bits == 8 else pack_bits(self.codes.to(torch.int64), self.bits)
