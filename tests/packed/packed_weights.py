@@ -125,6 +125,9 @@ def cases() -> list[tuple[str, Packed]]:
         made += [("awq", affine(4, g, symmetric=symmetric)) for g in (32, 96)]
         made.append(("int-quantized", Activations(affine(8, 96, symmetric=symmetric), "int8")))
     made.append(("int-quantized", Activations(affine(8, 96), "int8", torch.tensor(0.25))))
+    made.append(("int-quantized", Activations(affine(4, 32), "int8")))
+    made.append(("pack-quantized", Activations(affine(4, 32), "int8")))
+    made.append(("pack-quantized", Activations(affine(4, 32, symmetric=False), "e4m3", torch.tensor(0.25))))
     for block in ((1, 320), (200, 320), (128, 128), (1, 64)):
         floats = minifloat("e4m3", block, dtype=half)
         made += [("float-quantized", floats), ("float-quantized", Activations(floats, "e4m3"))]

@@ -151,7 +151,7 @@ REFUSED: list[tuple[str, Packed, str]] = [
     ("pack-quantized", minifloat("e4m3", (1, 32)), "Take float-quantized"),
     ("pack-quantized", LowRank(affine(4, 32), torch.ones(64, 1), torch.ones(1, 96)), "not low-rank. Take weft"),
     ("int-quantized", affine(8, 96), "Take pack-quantized"),
-    ("int-quantized", Activations(affine(4, 96), "int8"), "8 bits"),
+    ("int-quantized", Activations(affine(9, 96), "int8"), "2 to 8 bits"),
     ("float-quantized", minifloat("e5m2", (1, 320)), "e4m3"),
     ("float-quantized", Activations(minifloat("e4m3", (1, 320)), "int8"), "inputs are e4m3"),
     ("nvfp4-pack-quantized", minifloat("e2m1", (1, 32)), "groups of 16"),

@@ -98,6 +98,8 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], Any], Callable[[dict[str, An
     ("pack", keep, lambda c: c["config_groups"]["group_0"].update(targets=["re:("]), "no expression"),
     ("channel", lambda t: t.update({f"{W}_scale": torch.ones(64, 7)}), keep, "7 groups, which do not divide"),
     ("int", lambda t: t.update({W: t[W].short()}), keep, r"a\.fc\.weight is int8"),
+    ("int", keep, lambda c: weights(c).update(num_bits=4), "no signed numbers of 4 bits"),
+    ("int", keep, lambda c: weights(c).update(num_bits=10**9), "no signed numbers"),
     ("float", lambda t: t.update({f"{W}_scale": torch.ones(2, 2)}), keep, r"are \[2, 3\], got \[2, 2\]"),
     ("float", keep, lambda c: weights(c).update(block_structure=[0, 128]), "block_structure|strategy 'block'"),
     ("float", lambda t: t.update({W: t[W].view(torch.uint8)}), keep, "float8_e4m3fn"),
@@ -173,6 +175,16 @@ def test_one_file_of_a_quantised_folder(example: Callable[[str], Path]) -> None:
     save_file({f"{W}_packed": state[f"{W}_packed"]}, folder / "part.safetensors")
     with pytest.raises(CheckpointError, match=r"part\.safetensors: a\.fc\.weight_scale is missing"):
         weft.open(folder / "part.safetensors")
+
+
+def test_settings_are_part_of_the_fingerprint(example: Callable[[str], Path]) -> None:
+    folder = example("pack")
+    with weft.open(folder) as opened:
+        first = opened.fingerprint
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"ignore": ["lm_head"]', '"ignore": []'))
+    with weft.open(folder) as opened:
+        assert opened.fingerprint != first
 
 
 def test_the_type_and_older_gptq_folders(example: Callable[[str], Path]) -> None:

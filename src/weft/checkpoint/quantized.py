@@ -6,6 +6,7 @@ One matrix at a time is unpacked, and each thread keeps the last one until it ha
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.dtypes import DTYPES, DType, dtype_of
@@ -96,6 +98,9 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     checkpoint.tensors = dict(sorted({**kept, **plain}.items(), key=lambda item: natural_key(item[0])))
     checkpoint.config = {key: value for key, value in checkpoint.config.items() if key != KEY}
     checkpoint.packed = packed
+    if checkpoint.fingerprint:  # the same bytes with other settings are other weights
+        said = json.dumps(settings, sort_keys=True, default=str).encode()
+        checkpoint.fingerprint += f"|{KEY}:{xxhash.xxh3_64_hexdigest(said)}"
     return checkpoint
 
 
