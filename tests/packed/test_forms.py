@@ -51,6 +51,19 @@ def test_files_hold_the_same_weight(made: Packed) -> None:
     assert torch.equal(made.to("cpu").dequantize(), made.dequantize())
 
 
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+def test_parts_are_rows(made: Packed) -> None:
+    rows, weight = made.shape[0], made.dequantize()
+    for first, last in ((0, rows), (0, 7), (8, 9), (8, rows), (rows - 1, rows), (128, rows)):
+        part = made.part(first, last) if last > first else None
+        if part is not None:
+            assert part.shape == (last - first, made.shape[1])
+            assert torch.equal(part.dequantize(), weight[first:last])
+            assert torch.equal(unpack(part.tensors(), part.settings()).dequantize(), weight[first:last])
+    apart = made.part(0, 8) is not None
+    assert apart is not isinstance(made.inner if isinstance(made, Activations) else made, Transposed | LowRank)
+
+
 def test_values_are_their_formulas() -> None:
     a = affine(4, 32, out=3, symmetric=False)
     e = minifloat("e4m3", (2, 128), out=3, columns=200)

@@ -1,5 +1,6 @@
 """Quantised models through ``weft.open`` and the command line; damaged and hostile ones are refused by name."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -224,6 +225,32 @@ def test_reads_from_anywhere_and_from_threads(example: Callable[[str], Path]) ->
                 assert np.array_equal(values, expected[start : start + 100])
         with pytest.raises(CheckpointError, match="beyond its end"):
             read(6100)
+
+
+def test_matrices_of_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.checkpoint import quantized
+
+    monkeypatch.setattr(quantized, "_BLOCK", 1000)  # 128 rows
+    made: dict[str, tuple[str, Packed]] = {
+        "grid": ("pack-quantized", affine(4, 32, out=300, symmetric=False)),
+        "permuted": ("gptq", Permuted(affine(4, 32, out=320), ORDER)),
+        "blocks": ("float-quantized", minifloat("e4m3", (128, 128), out=300)),
+        "tensor": ("float-quantized", minifloat("e4m3", (300, 96), out=300, columns=96)),
+        "low blocks": ("float-quantized", minifloat("e4m3", (96, 96), out=300)),
+        "table": ("bitsandbytes", lookup(torch.linspace(-1, 1, 16)[None], 64, out=300, nested=True)),
+        "low rank": ("weft", LowRank(affine(4, 32, out=300), positive(300, 2), positive(2, 96))),
+    }
+    for kind, (name, packed) in made.items():
+        folder = tmp_path / kind
+        write_model(folder, name, {"a.fc": packed, "b.fc": copy.deepcopy(packed)}, {})
+        expected = packed.dequantize().numpy().reshape(-1)
+        with weft.open(folder) as opened:
+            assert np.array_equal(opened["b.fc.weight"].numpy().reshape(-1), expected)
+            tensor = opened[W]
+            for start, count in ((0, 10), (12_280, 20), (20_000, 8_000), (5, 100), (expected.size - 3, 3), (7, 3)):
+                out = np.empty(count, np.float32)
+                tensor.read_into(memoryview(out).cast("B"), 4 * start)
+                assert np.array_equal(out, expected[start : start + count])
 
 
 def test_plain_models_do_not_load_torch(tmp_path: Path, llama_folder: Callable[..., Path]) -> None:

@@ -18,7 +18,7 @@ Activations  another form's matrix, with inputs that are quantised too when it i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -72,6 +72,10 @@ class Affine(Packed):
     def dequantize(self) -> Tensor:
         groups = self.codes.float().unflatten(1, (self.scale.shape[1], -1))  # its own memory, changed in place
         return groups.sub_(self.zero.float().unsqueeze(-1)).mul_(self.scale.float().unsqueeze(-1)).flatten(1)
+
+    def part(self, first: int, last: int) -> Packed | None:
+        rows = slice(first, last)
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=self.zero[rows])
 
     def tensors(self) -> dict[str, Tensor]:
         made = {"codes": pack_bits(self.codes.to(torch.int64) - self.low, self.bits), "scale": self.scale.contiguous()}
@@ -143,6 +147,10 @@ class Minifloat(Packed):
         blocks = values.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # a view
         blocks.mul_(scale[:, None, :, None])
         return values
+
+    def part(self, first: int, last: int) -> Packed | None:
+        blocks = _block_rows(first, last, self.block[0], self.shape[0])
+        return None if blocks is None else replace(self, codes=self.codes[first:last], scale=self.scale[blocks])
 
     def tensors(self) -> dict[str, Tensor]:
         codes = self.codes.contiguous() if self.bits == 8 else pack_bits(self.codes.to(torch.int64), self.bits)
@@ -223,6 +231,15 @@ class Lookup(Packed):
         blocks = in_blocks(values.float().flatten(), size) * self.scales().unsqueeze(1)
         return blocks.flatten()[: codes.numel()].reshape(codes.shape)
 
+    def part(self, first: int, last: int) -> Packed | None:
+        start, end = first * self.shape[1], last * self.shape[1]
+        if start % self.block_size:
+            return None
+        scale = self.scales()[start // self.block_size : -(-end // self.block_size)]
+        table = None if self.table is None else self.table[first:last]
+        codes = self.codes[first:last]
+        return replace(self, codes=codes, scale=scale, nested_scale=None, mean=None, table=table)
+
     def tensors(self) -> dict[str, Tensor]:
         codes = pack_bits(self.codes.to(torch.int64), self.bits)
         more = {"nested_scale": self.nested_scale, "mean": self.mean, "table": self.table}
@@ -289,6 +306,11 @@ class Vectors(Packed):
             weight = weight * self.scale.float().unsqueeze(1)
         return weight if self.offset is None else weight + self.offset.float().unsqueeze(1)
 
+    def part(self, first: int, last: int) -> Packed | None:
+        of_rows = {"table": self.table, "scale": self.scale, "offset": self.offset}
+        cut: dict[str, Any] = {name: t[first:last] for name, t in of_rows.items() if t is not None}
+        return replace(self, indices=self.indices[:, first:last], **cut)
+
     def tensors(self) -> dict[str, Tensor]:
         made = {}
         for number, (book, one) in enumerate(zip(self.codebooks, self.indices)):
@@ -348,6 +370,10 @@ class Binary(Packed):
             spread = _spread(alpha, self.block, self.shape)
             weight += torch.where(sign, spread, -spread)
         return weight
+
+    def part(self, first: int, last: int) -> Packed | None:
+        blocks = _block_rows(first, last, self.block[0], self.shape[0])
+        return None if blocks is None else replace(self, signs=self.signs[:, first:last], alpha=self.alpha[:, blocks])
 
     def tensors(self) -> dict[str, Tensor]:
         words = torch.stack([pack_bits(sign.to(torch.int64), 1) for sign in self.signs])
@@ -434,6 +460,10 @@ class Permuted(_Around):
         made = self.inner.dequantize()
         return torch.empty_like(made).index_copy_(1, self.order.long(), made)
 
+    def part(self, first: int, last: int) -> Packed | None:
+        inner = self.inner.part(first, last)
+        return None if inner is None else replace(self, inner=inner)
+
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "order": self.order.to(torch.int32).contiguous()}
 
@@ -489,6 +519,10 @@ class Activations(_Around):
     kind: str
     input_scale: Tensor | None = None
     group_size: int = 0
+
+    def part(self, first: int, last: int) -> Packed | None:
+        inner = self.inner.part(first, last)
+        return None if inner is None else replace(self, inner=inner)
 
     def tensors(self) -> dict[str, Tensor]:
         made = super().tensors()
@@ -586,6 +620,13 @@ def _spread(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Te
     """A number for each block -> one for each element."""
     wide = scale.repeat_interleave(min(block[0], shape[0]), 0)[: shape[0]]
     return wide.repeat_interleave(min(block[1], shape[1]), 1)[:, : shape[1]]
+
+
+def _block_rows(first: int, last: int, size: int, rows: int) -> slice | None:
+    """The blocks of ``size`` rows that some rows are; None if they begin within one that does not hold all."""
+    if size >= rows:
+        return slice(0, 1)
+    return None if first % size else slice(first // size, -(-last // size))
 
 
 def _fits(table: Tensor, rows: int, tables: int) -> bool:
