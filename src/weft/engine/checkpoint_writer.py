@@ -152,6 +152,9 @@ class CheckpointWriter:
                 wanted = any(fnmatch(source.name, p) for p in _COMPANIONS)
                 if wanted and not any(fnmatch(source.name, p) for p in _NOT_COPIED) and source.is_file():
                     shutil.copyfile(source, folder / source.name)
+            if self._checkpoint.packed:  # what is written is dense, and the model's own files say otherwise
+                (folder / "config.json").write_text(json.dumps(self._checkpoint.config, indent=2) + "\n")
+                (folder / "quantize_config.json").unlink(missing_ok=True)
             if len(self._shards) > 1:
                 index = index_file(self._shards, sum(t.nbytes for t in self._checkpoint.values()))
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
