@@ -277,10 +277,10 @@ def round_columns(
 
     Source: arXiv:2210.17323, algorithm 1.
 
-    >>> w = torch.tensor([[0.4], [1.4]])
+    >>> w = torch.tensor([[0.25], [1.5]])
     >>> loss = round_columns(w, torch.tensor([[2.0, 1.0], [0.0, 1.0]]), [(0, 2)], lambda j: w[j].round())
-    >>> w.flatten().tolist()  # 0.4 was rounded to 0, and half of that went to 1.4
-    [0.4000000059604645, 1.2000000476837158]
+    >>> w.flatten().tolist()  # 0.25 was rounded to 0, and half of that came off 1.5
+    [0.25, 1.375]
     """
     loss = torch.zeros((), dtype=torch.float64, device=w.device)
     for start, stop in blocks:
