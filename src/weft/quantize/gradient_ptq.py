@@ -51,7 +51,7 @@ from weft.quantize.rtn import RTN
 from weft.quantize.soft import OPTIMIZERS, Descent, Soft, angles, sizes, squares, through
 
 # learning rates that fit some hundred steps: how far each variable has to travel differs
-VARIABLES = {"adaround": 5e-2, "sigmoid": 5e-2, "straight-through": 5e-3, "division": 3e-3, "power": 1e-2}
+VARIABLES = {"adaround": 0.1, "sigmoid": 0.5, "straight-through": 1e-3, "division": 1e-2, "power": 1e-3}
 LOSSES = {"l2": squares, "l1": sizes, "cosine": angles}
 STRETCH, WARM, FIRST, LAST = 0.1, 0.2, 20.0, 2.0  # AdaRound's: of the sigmoid, share of steps without R, β
 SLOPE = 20.0  # of the sigmoid at the end
@@ -74,7 +74,7 @@ class GradientPTQ(Grid, Reconstruction):
     steps: int = parameter(400, "gradient steps for each block", minimum=0)
     rate: float = parameter(0.0, "learning rate of the first step; 0: what fits the variable", minimum=0)
     samples: int = parameter(8, "sequences in a mini-batch", minimum=1)
-    penalty: float = parameter(0.1, "λ of AdaRound's R", minimum=0)
+    penalty: float = parameter(100.0, "λ of AdaRound's R", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,8 +106,9 @@ class GradientPTQ(Grid, Reconstruction):
         return Rounding(weight, self)
 
     def descent(self) -> Descent:
-        """The chosen optimizer and loss, with a linear decay for signs and a cosine for others."""
-        decay = "linear" if self.optimizer == "sign" else "cosine"
+        """The chosen optimizer and loss; rates fall but where R or the slope decides towards the end."""
+        soft = self.variable in ("adaround", "sigmoid")
+        decay = "linear" if self.optimizer == "sign" else "none" if soft else "cosine"
         return Descent(self.steps, self.first_rate, self.optimizer, decay, self.samples, LOSSES[self.loss])
 
     @property

@@ -59,7 +59,7 @@ def low_rank_patch(lost: Tensor, rank: int, gram: Tensor | None = None) -> tuple
     left = seen @ directions.flip(1)[:, :rank]  # the singular vectors U, each times a number
     norm = left.norm(dim=0)
     # beyond the rank of E there is noise of rounding
-    real = (power.flip(0)[:rank] > 1e-24 * power.amax()) & (norm > 0)
+    real = (power.flip(0)[:rank] > 1e-12 * power.amax()) & (norm > 0)
     left = torch.where(real, left / torch.where(real, norm, 1), 0)
     right = left.T @ e * largest
     even = right.norm(dim=1).sqrt()

@@ -71,6 +71,7 @@ def reconstruct_layer(weight: Tensor, gram: Tensor, soft: Soft, descent: Descent
         lambda new: energy(new[""] - original) / whole,
         lambda new: float(energy(new[""] - original) / whole),
         descent,
+        checks=32,  # as cheap as a step
     )
 
 

@@ -20,7 +20,7 @@ from weft.packed import Packed
 
 OPTIMIZERS = ("adam", "adamax", "momentum", "sign")
 DECAYS = ("none", "linear", "cosine")
-CHECKS = 8  # how often a descent looks whether the packed weights are better
+BESIDE_RATE = 1e-3  # largest learning rate of what is trained beside the Softs
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs and targets (tokens, width) -> one number for each token
 Weights = dict[str, Tensor]
@@ -128,7 +128,7 @@ def through(x: Tensor, rounded: Tensor) -> Tensor:
     >>> y.item(), x.grad.item()
     (1.0, 1.0)
     """
-    return _Through.apply(x, rounded)  # type: ignore[no-any-return, no-untyped-call]
+    return _Through.apply(x, rounded)
 
 
 class _Through(torch.autograd.Function):
@@ -149,6 +149,7 @@ def descend(
     score: Callable[[Weights], float],
     descent: Descent,
     beside: Mapping[str, nn.Parameter] | None = None,
+    checks: int = 8,
 ) -> tuple[float, float]:
     """Train, and leave the best state in the Softs.
 
@@ -158,6 +159,7 @@ def descend(
         score: the same of packed weights, without gradients, on what the result is judged by.
         descent: how.
         beside: other parameters to train (biases).
+        checks: how often the score is taken, at equal distances and at the end.
 
     Returns:
         The scores of the start and of the end, which is never larger.
@@ -180,10 +182,11 @@ def descend(
     if not descent.steps or not start > 0 or not parameters:
         return start, start
     kept = [p.detach().clone() for p in parameters]
-    groups = [(rate, params) for s in softs.values() for rate, params in s.rates()] + [(1.0, list(more.values()))]
+    groups = [(rate, params) for s in softs.values() for rate, params in s.rates()]
+    groups.append((min(1.0, BESIDE_RATE / (descent.rate or 1.0)), list(more.values())))
     optimizer = _optimizer([(rate * descent.rate, params) for rate, params in groups if params], descent.optimizer)
     first = [group["lr"] for group in optimizer.param_groups]
-    every = max(1, descent.steps // CHECKS)
+    every = max(1, descent.steps // checks)
     for step in range(descent.steps):
         progress = step / descent.steps
         for soft in softs.values():
@@ -198,7 +201,7 @@ def descend(
                 value = value if penalty is None else value + penalty
             if not value.isfinite():
                 break  # the best state is kept
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
         if descent.optimizer == "sign":
             for p in parameters:
                 if p.grad is not None:
