@@ -38,7 +38,7 @@ from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Affine
 from weft.quantize.grid import Grid, fit_grid
-from weft.quantize.reconstruct import Reconstruction
+from weft.quantize.reconstruct import Reconstruction, nearest_of
 from weft.quantize.rtn import RTN
 from weft.quantize.soft import Descent, Soft, through
 
@@ -74,7 +74,7 @@ class FlexRound(Grid, Reconstruction):
 
     def without_data(self) -> RTN:
         """Rounding to nearest on the same grid."""
-        return RTN(self.bits, self.group_size, self.kind, self.scale_dtype)
+        return nearest_of(self)
 
 
 class FlexRounding(Soft):

@@ -46,7 +46,7 @@ from weft.quantize.flexround import FlexRounding
 from weft.quantize.grid import Grid, fit_grid
 from weft.quantize.nupes import PowerCodes
 from weft.quantize.powerquant import PowerQuant
-from weft.quantize.reconstruct import Reconstruction
+from weft.quantize.reconstruct import Reconstruction, nearest_of
 from weft.quantize.rtn import RTN
 from weft.quantize.soft import OPTIMIZERS, Descent, Soft, angles, sizes, squares, through
 
@@ -122,7 +122,7 @@ class GradientPTQ(Grid, Reconstruction):
 
     def without_data(self) -> RTN:
         """Rounding to nearest on the same grid."""
-        return RTN(self.bits, self.group_size, self.kind, self.scale_dtype)
+        return nearest_of(self)
 
 
 class Rounding(Soft):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,8 @@ from weft.calibrate.watch_block import tokens_of
 from weft.errors import RecipeError
 from weft.function.layout import layout_of
 from weft.packed import Packed
+from weft.quantize.grid import Grid
+from weft.quantize.rtn import RTN
 from weft.quantize.soft import Descent, Soft, Weights, descend
 
 HELD_OUT = 8  # one of so many samples is held out
@@ -151,6 +153,15 @@ class Reconstruction(Change):
         if softs:
             with task.attempt(task.block.name):
                 reconstruct_block(task, softs, self.descent(), biases=self.trains_biases())
+
+
+def nearest_of(grid: Grid) -> RTN:
+    """Rounding to nearest on a configuration's own grid, for layers without data.
+
+    >>> nearest_of(Grid(bits=3, kind="narrow")).kind
+    'narrow'
+    """
+    return RTN(**{f.name: getattr(grid, f.name) for f in fields(Grid)})
 
 
 _BIAS = "\0bias"  # behind a layer's name: its bias
