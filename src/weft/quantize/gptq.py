@@ -31,6 +31,7 @@ Re-implemented from the equations (official code: Apache-2.0).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -244,23 +245,52 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
     groups = order // size  # of each column, in the new order
     low, high = config.codes
     made = torch.empty_like(w, dtype=torch.int16)
-    loss = torch.zeros((), dtype=torch.float64, device=w.device)
-    for start, stop in _blocks(len(order), config):
-        if config.groups == "dynamic" and start % size == 0:
-            group = int(groups[start])
-            fitted = fit_grid(w[start : start + size].T, replace(config, group_size=0))
+
+    def round_column(j: int) -> Tensor:
+        group = int(groups[j])
+        if config.groups == "dynamic" and j % size == 0:
+            fitted = fit_grid(w[j : j + size].T, replace(config, group_size=0))
             scale[:, group], zero[:, group] = fitted[0][:, 0], fitted[1][:, 0]
-        s, z = (v.T[groups[start:stop]].to(w.dtype) for v in (scale, zero))  # (block, out)
-        errors = torch.empty_like(s)
+        s, z = scale[:, group].to(w.dtype), zero[:, group].to(w.dtype)
+        code = ((w[j] / s).round() + z).clamp(low, high)
+        made[j] = code.to(torch.int16)
+        return (code - z) * s
+
+    loss = round_columns(w, upper, _blocks(len(order), config), round_column)
+    codes = Affine(made[order.argsort()].T.contiguous(), scale, zero, config.bits, low)
+    return Rounded(codes, loss, held.notes)
+
+
+def round_columns(
+    w: Tensor, upper: Tensor, blocks: Iterable[tuple[int, int]], round_column: Callable[[int], Tensor]
+) -> Tensor:
+    """The loop of GPTQ for any way to round a column.
+
+    Args:
+        w: (in, out), the columns of the weight as rows, in their order; those still to come are changed in place.
+        upper: (in, in), U of the inverse, in that order and of the type of ``w``.
+        blocks: where blocks of columns start and stop; columns beyond a block are updated when it ends.
+        round_column: given j, the values (out,) that column ``w[j]`` becomes.
+
+    Returns:
+        ½ tr(Δ H Δᵀ), 0-d float64.
+
+    Source: arXiv:2210.17323, algorithm 1.
+
+    >>> w = torch.tensor([[0.25], [1.5]])
+    >>> loss = round_columns(w, torch.tensor([[2.0, 1.0], [0.0, 1.0]]), [(0, 2)], lambda j: w[j].round())
+    >>> w.flatten().tolist()  # 0.25 was rounded to 0, and half of that came off 1.5
+    [0.25, 1.375]
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=w.device)
+    for start, stop in blocks:
+        errors = torch.empty_like(w[start:stop])
         for i, j in enumerate(range(start, stop)):
-            code = ((w[j] / s[i]).round() + z[i]).clamp(low, high)
-            made[j] = code.to(torch.int16)
-            errors[i] = (w[j] - (code - z[i]) * s[i]) / upper[j, j]
+            errors[i] = (w[j] - round_column(j)) / upper[j, j]
             w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[i], alpha=-1)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.to(torch.float64).square().sum() / 2
-    codes = Affine(made[order.argsort()].T.contiguous(), scale, zero, config.bits, low)
-    return Rounded(codes, loss, held.notes)
+    return loss
 
 
 def _order(diagonal: Tensor, size: int, kind: str) -> Tensor:
