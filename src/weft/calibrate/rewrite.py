@@ -177,5 +177,5 @@ def _bits(tensor: Tensor, stored: LazyTensor) -> Any:
         raise CheckpointError(f"{stored.name}: was {list(before.shape)} and would be {list(tensor.shape)}.")
     if torch.equal(before.to(tensor.dtype), tensor):
         return None  # a file in higher precision than the model runs in keeps it where nothing changed
-    flat = tensor.detach().to(before.dtype).contiguous().reshape(-1)
+    flat = tensor.detach().to(getattr(torch, stored.natural_dtype.torch)).contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy()
