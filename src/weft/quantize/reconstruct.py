@@ -99,7 +99,7 @@ def reconstruct_block(
     for name, soft in softs.items():
         with task.attempt(name):
             task.put(name, soft.packed())
-    task.note(task.block.name, loss_before=start, loss=end)
+            task.note(name, block_loss_before=start, block_loss=end)
     with torch.no_grad():
         for name, bias in beside.items():
             layer: Any = task.layers[name.removesuffix(BIAS)]
@@ -147,7 +147,10 @@ class Reconstruction(Change):
         return soft.packed()
 
     def change_block(self, task: BlockTask) -> None:
-        """The layers of a block together; those that few rows reached without data."""
+        """The layers of a block together; those that few rows reached without data, those outside of blocks one by one."""
+        if getattr(task.block, "is_rest", False):
+            super().change_block(task)
+            return
         softs: dict[str, Soft] = {}
         for name in task.layers:
             with task.attempt(name):
@@ -159,6 +162,10 @@ class Reconstruction(Change):
         if softs:
             with task.attempt(task.block.name):
                 reconstruct_block(task, softs, self.descent(), biases=self.trains_biases())
+            # the report is of layers
+            for fact, value in task.notes.pop(task.block.name).items():
+                for name in softs:
+                    task.note(name, **{fact: value})
 
 
 def nearest_of(grid: Grid) -> RTN:
