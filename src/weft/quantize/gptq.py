@@ -31,6 +31,7 @@ Re-implemented from the equations (official code: Apache-2.0).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -156,6 +157,15 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
     >>> gptq_factor(torch.diag(torch.tensor([1.0, 4.0])), GPTQ(group_size=0, damping=0)).upper.tolist()
     [[0.5, 0.0], [0.0, 1.0]]
     """
+    return inverse_factor(gram, config.damping, lambda diagonal: _order(diagonal, config))
+
+
+def inverse_factor(gram: Tensor, damping: float, order_of: Callable[[Tensor], Tensor]) -> Factor:
+    """:func:`gptq_factor` for columns in any order, which is made of the Gram matrix' diagonal.
+
+    >>> inverse_factor(torch.diag(torch.tensor([1.0, 4.0])), 0.0, torch.argsort).order.tolist()
+    [0, 1]
+    """
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not gram.numel() or not gram.is_floating_point():
         raise RecipeError(f"GPTQ needs a Gram matrix (in, in) of numbers, got {list(gram.shape)} {gram.dtype}.")
     h = gram.detach().to(torch.float64)
@@ -168,12 +178,7 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
             "GPTQ needs a Gram matrix Σ xᵀx: finite, symmetric, with no negative value on its diagonal and none larger than "
             "the diagonal allows. The data or the statistics are damaged; gather them again."
         )
-    size = config.group_size or len(h)
-    if len(h) % size:
-        raise RecipeError(
-            f"Rows of {len(h)} inputs do not divide into groups of {size}; give another group_size, or 0 for rows."
-        )
-    order = _order(diagonal, size, config.order)
+    order = order_of(diagonal)
     dead = diagonal == 0
     if dead.all():
         return Factor(order, None, 0.0, ("no input was ever different from zero: rounded to nearest",))
@@ -181,7 +186,7 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
     h = (h + h.T) / 2
     h.diagonal()[dead] = mean
     h = h[order][:, order]
-    share = config.damping
+    share = damping
     notes: tuple[str, ...] = ()
     while True:
         damped = h.clone()
@@ -192,7 +197,7 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
             break
         # ends at 10 · in at the latest: no eigenvalue is below minus the trace
         share = max(10 * share, 1e-8)
-        notes = (f"not positive definite: damping {share:g} instead of {config.damping:g}",)
+        notes = (f"not positive definite: damping {share:g} instead of {damping:g}",)
     upper = torch.linalg.solve_triangular(
         lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
     )
@@ -239,49 +244,76 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
     order = held.order.to(weight.device)
     # columns lie as rows, (in, out): each is one piece of memory
     w = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).T[order].contiguous()
-    upper = held.upper.to(w)
     size = config.group_size or len(order)
-    groups = order // size  # of each column, in the new order
+    group_of = (order // size).tolist()  # of each column, in the new order
     low, high = config.codes
+    scales, zeros = scale.T.to(w.dtype).contiguous(), zero.T.to(w.dtype).contiguous()  # (groups, out)
     made = torch.empty_like(w, dtype=torch.int16)
-    loss = torch.zeros((), dtype=torch.float64, device=w.device)
-    for start, stop in _blocks(len(order), config):
-        if config.groups == "dynamic" and start % size == 0:
-            group = int(groups[start])
-            fitted = fit_grid(w[start : start + size].T, replace(config, group_size=0))
+
+    def round_column(j: int, column: Tensor) -> Tensor:
+        group = group_of[j]
+        if config.groups == "dynamic" and j % size == 0:
+            fitted = fit_grid(w[j : j + size].T, replace(config, group_size=0))
             scale[:, group], zero[:, group] = fitted[0][:, 0], fitted[1][:, 0]
-        s, z = (v.T[groups[start:stop]].to(w.dtype) for v in (scale, zero))  # (block, out)
-        errors = torch.empty_like(s)
-        for i, j in enumerate(range(start, stop)):
-            code = ((w[j] / s[i]).round() + z[i]).clamp(low, high)
-            made[j] = code.to(torch.int16)
-            errors[i] = (w[j] - (code - z[i]) * s[i]) / upper[j, j]
-            w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[i], alpha=-1)
-        w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-        loss += errors.to(torch.float64).square().sum() / 2
+            scales[group], zeros[group] = scale[:, group], zero[:, group]
+        s, z = scales[group], zeros[group]
+        code = ((column / s).round() + z).clamp(low, high)
+        made[j] = code
+        return (code - z) * s
+
+    step = size if config.groups == "dynamic" else len(order)
+    loss = compensate(w, held.upper.to(w), config.block_size, round_column, range(0, len(order), step))
     codes = Affine(made[order.argsort()].T.contiguous(), scale, zero, config.bits, low)
     return Rounded(codes, loss, held.notes)
 
 
-def _order(diagonal: Tensor, size: int, kind: str) -> Tensor:
+def compensate(
+    w: Tensor, upper: Tensor, block_size: int, round_column: Callable[[int, Tensor], Tensor], starts: Iterable[int] = ()
+) -> Tensor:
+    """Round column after column, each one's error made up for by those still to come.
+
+    Args:
+        w: (in, out), columns as rows in the factor's order; is changed, and keeps each column as it was when it was rounded.
+        upper: (in, in), U in w's type.
+        block_size: columns that are rounded before the rest is updated.
+        round_column: gives the values that column j becomes, of j and the column as the columns before have left it.
+        starts: columns at which all later ones must be up to date, beside those of blocks: there ``round_column`` may look
+            at further rows of w.
+
+    Returns:
+        ½ tr(Δ H Δᵀ), 0-d float64.
+
+    >>> w, upper = torch.tensor([[0.25], [1.0]]), torch.tensor([[1.0, -0.5], [0.0, 1.0]])
+    >>> compensate(w, upper, 128, lambda j, column: column.round()), w.tolist()
+    (tensor(0.0391, dtype=torch.float64), [[0.25], [1.125]])
+    """
+    begins = sorted({*range(0, len(w), block_size), *starts})
+    loss = torch.zeros((), dtype=torch.float64, device=w.device)
+    for start, stop in zip(begins, [*begins[1:], len(w)]):
+        errors = torch.empty_like(w[start:stop])
+        for i, j in enumerate(range(start, stop)):
+            errors[i] = (w[j] - round_column(j, w[j])) / upper[j, j]
+            w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[i], alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        loss += errors.to(torch.float64).square().sum() / 2
+    return loss
+
+
+def _order(diagonal: Tensor, config: GPTQ) -> Tensor:
     """(in,) -> (in,) indices of columns."""
-    if kind == "none":
+    size = config.group_size or len(diagonal)
+    if len(diagonal) % size:
+        raise RecipeError(
+            f"Rows of {len(diagonal)} inputs do not divide into groups of {size}; give another group_size, or 0 for rows."
+        )
+    if config.order == "none":
         return torch.arange(len(diagonal), device=diagonal.device)
-    if kind == "static":
+    if config.order == "static":
         return diagonal.argsort(descending=True, stable=True)
     groups = diagonal.unflatten(0, (-1, size))  # (groups, size)
     within = groups.argsort(dim=1, descending=True, stable=True)
     between = groups.amax(1).argsort(descending=True, stable=True)
     return (between[:, None] * size + within[between]).flatten()
-
-
-def _blocks(columns: int, config: GPTQ) -> list[tuple[int, int]]:
-    """Where blocks of columns start and stop."""
-    starts = set(range(0, columns, config.block_size))
-    if config.groups == "dynamic":
-        starts |= set(range(0, columns, config.group_size or columns))
-    ordered = sorted(starts)
-    return list(zip(ordered, [*ordered[1:], columns]))
 
 
 def _joined(parts: list[Rounded], config: GPTQ) -> Rounded:
