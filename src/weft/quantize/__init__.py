@@ -12,13 +12,16 @@ from weft.quantize.hqq import HQQ, hqq_codes
 from weft.quantize.nf4 import Codebook, codebook_codes
 from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_model
+from weft.quantize.vptq import VPTQ, VectorQuantization, vptq_codes
 
 __all__ = [
     "GPTQ",
     "HQQ",
     "RTN",
+    "VPTQ",
     "Codebook",
     "Grid",
+    "VectorQuantization",
     "codebook_codes",
     "fake_quantize",
     "fit_grid",
@@ -28,4 +31,5 @@ __all__ = [
     "quantize",
     "quantize_model",
     "round_to_nearest",
+    "vptq_codes",
 ]

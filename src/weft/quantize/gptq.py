@@ -37,12 +37,13 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from weft.calibrate import BlockTask, Change, Statistics
 from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
-from weft.packed import Affine
+from weft.packed import Affine, Packed
 from weft.quantize.grid import Grid, fit_grid, quantize
 from weft.quantize.rtn import RTN
 
@@ -94,20 +95,9 @@ class GPTQ(Grid, Change):
 
     def change_block(self, task: BlockTask) -> None:
         """Layers with equal inputs share the factor; the report has each one's loss and notes."""
-        last: dict[str, Factor] = {}  # such layers follow one another
-        for name in task.layers:
-            with task.attempt(name):
-                change = task.instead(name, self)
-                if change is not self:
-                    task.put(name, change.fit(name, task.weight(name), task.statistics))
-                    continue
-                gram = task.statistics.gram(name)
-                leader = task.statistics.shared(name)[0]
-                if gram.dim() == 2 and leader not in last:
-                    last = {leader: gptq_factor(gram, self)}
-                rounded = gptq_codes(task.weight(name), last.get(leader, gram), self)
-                task.put(name, rounded.codes)
-                task.note(name, loss=float(rounded.loss), **({"notes": list(rounded.notes)} if rounded.notes else {}))
+        change_with_factors(
+            task, self, lambda gram: gptq_factor(gram, self), lambda name, weight, gram: gptq_codes(weight, gram, self)
+        )
 
 
 class Factor(NamedTuple):
@@ -118,12 +108,14 @@ class Factor(NamedTuple):
         upper: (in, in) float64, U of the inverse, rows and columns in that order; None where no input was ever seen.
         damping: λ, in the Gram matrix' units.
         notes: what had to be done beside, in sentences.
+        diagonal: (in,) float64, of H in that order, with λ.
     """
 
     order: Tensor
     upper: Tensor | None
     damping: float
     notes: tuple[str, ...]
+    diagonal: Tensor
 
 
 class Rounded(NamedTuple):
@@ -136,6 +128,20 @@ class Rounded(NamedTuple):
     """
 
     codes: Affine
+    loss: Tensor
+    notes: tuple[str, ...]
+
+
+class Compensated(NamedTuple):
+    """A layer after a compensated loop.
+
+    Attributes:
+        packed: the packed weight.
+        loss: ½ tr(Δ H Δᵀ) with the damped Gram matrix H, 0-d float64.
+        notes: what had to be done beside, in sentences.
+    """
+
+    packed: Packed
     loss: Tensor
     notes: tuple[str, ...]
 
@@ -179,15 +185,17 @@ def inverse_factor(gram: Tensor, damping: float, order_of: Callable[[Tensor], Te
             "the diagonal allows. The data or the statistics are damaged; gather them again."
         )
     order = order_of(diagonal)
+    notes: tuple[str, ...]
     dead = diagonal == 0
     if dead.all():
-        return Factor(order, None, 0.0, ("no input was ever different from zero: rounded to nearest",))
+        notes = ("no input was ever different from zero: rounded to nearest",)
+        return Factor(order, None, 0.0, notes, torch.ones_like(diagonal))
     mean = float(diagonal[~dead].mean())
     h = (h + h.T) / 2
     h.diagonal()[dead] = mean
     h = h[order][:, order]
     share = damping
-    notes: tuple[str, ...] = ()
+    notes = ()
     while True:
         damped = h.clone()
         damped.diagonal().add_(share * mean)
@@ -201,7 +209,7 @@ def inverse_factor(gram: Tensor, damping: float, order_of: Callable[[Tensor], Te
     upper = torch.linalg.solve_triangular(
         lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
     )
-    return Factor(order, upper, share * mean, notes)
+    return Factor(order, upper, share * mean, notes, damped.diagonal().clone())
 
 
 def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None) -> Rounded:
@@ -244,59 +252,114 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
     order = held.order.to(weight.device)
     # columns lie as rows, (in, out): each is one piece of memory
     w = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).T[order].contiguous()
+    upper = held.upper.to(w)
     size = config.group_size or len(order)
     group_of = (order // size).tolist()  # of each column, in the new order
     low, high = config.codes
     scales, zeros = scale.T.to(w.dtype).contiguous(), zero.T.to(w.dtype).contiguous()  # (groups, out)
     made = torch.empty_like(w, dtype=torch.int16)
 
-    def round_column(j: int, column: Tensor) -> Tensor:
+    def round_column(j: int) -> Tensor:
         group = group_of[j]
         if config.groups == "dynamic" and j % size == 0:
             fitted = fit_grid(w[j : j + size].T, replace(config, group_size=0))
             scale[:, group], zero[:, group] = fitted[0][:, 0], fitted[1][:, 0]
             scales[group], zeros[group] = scale[:, group], zero[:, group]
         s, z = scales[group], zeros[group]
-        code = ((column / s).round() + z).clamp(low, high)
+        code = ((w[j] / s).round() + z).clamp(low, high)
         made[j] = code
         return (code - z) * s
 
-    step = size if config.groups == "dynamic" else len(order)
-    loss = compensate(w, held.upper.to(w), config.block_size, round_column, range(0, len(order), step))
+    loss = round_columns(w, upper, _blocks(len(order), config), round_column)
     codes = Affine(made[order.argsort()].T.contiguous(), scale, zero, config.bits, low)
     return Rounded(codes, loss, held.notes)
 
 
-def compensate(
-    w: Tensor, upper: Tensor, block_size: int, round_column: Callable[[int, Tensor], Tensor], starts: Iterable[int] = ()
+def round_columns(
+    w: Tensor, upper: Tensor, blocks: Iterable[tuple[int, int]], round_column: Callable[[int], Tensor]
 ) -> Tensor:
-    """Round column after column, each one's error made up for by those still to come.
+    """The loop of GPTQ for any way to round a column.
 
     Args:
-        w: (in, out), columns as rows in the factor's order; is changed, and keeps each column as it was when it was rounded.
-        upper: (in, in), U in w's type.
-        block_size: columns that are rounded before the rest is updated.
-        round_column: gives the values that column j becomes, of j and the column as the columns before have left it.
-        starts: columns at which all later ones must be up to date, beside those of blocks: there ``round_column`` may look
-            at further rows of w.
+        w: (in, out), the columns of the weight as rows, in their order; those still to come are changed in place.
+        upper: (in, in), U of the inverse, in that order and of the type of ``w``.
+        blocks: where blocks of columns start and stop; columns beyond a block are updated when it ends.
+        round_column: given j, the values (out,) that column ``w[j]`` becomes.
 
     Returns:
         ½ tr(Δ H Δᵀ), 0-d float64.
 
-    >>> w, upper = torch.tensor([[0.25], [1.0]]), torch.tensor([[1.0, -0.5], [0.0, 1.0]])
-    >>> compensate(w, upper, 128, lambda j, column: column.round()), w.tolist()
-    (tensor(0.0391, dtype=torch.float64), [[0.25], [1.125]])
+    Source: arXiv:2210.17323, algorithm 1.
+
+    >>> w = torch.tensor([[0.25], [1.5]])
+    >>> loss = round_columns(w, torch.tensor([[2.0, 1.0], [0.0, 1.0]]), [(0, 2)], lambda j: w[j].round())
+    >>> w.flatten().tolist()  # 0.25 was rounded to 0, and half of that came off 1.5
+    [0.25, 1.375]
     """
-    begins = sorted({*range(0, len(w), block_size), *starts})
     loss = torch.zeros((), dtype=torch.float64, device=w.device)
-    for start, stop in zip(begins, [*begins[1:], len(w)]):
+    for start, stop in blocks:
         errors = torch.empty_like(w[start:stop])
         for i, j in enumerate(range(start, stop)):
-            errors[i] = (w[j] - round_column(j, w[j])) / upper[j, j]
+            errors[i] = (w[j] - round_column(j)) / upper[j, j]
             w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[i], alpha=-1)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.to(torch.float64).square().sum() / 2
     return loss
+
+
+def column_factor(gram: Tensor, damping: float, columns: int = 1) -> Factor:
+    """The factor of a Gram matrix with columns in falling order of its diagonal.
+
+    Args:
+        gram: (in, in), or (groups, in, in), of which the sum is taken.
+        damping: λ as a share of the mean of the diagonal.
+        columns: neighbours that stay together; sets are ordered by the sums of their diagonals.
+
+    Raises:
+        RecipeError: it is no Gram matrix.
+
+    >>> column_factor(torch.diag(torch.tensor([1.0, 4.0, 2.0])), 0.0).order.tolist()
+    [1, 2, 0]
+    """
+
+    def order(diagonal: Tensor) -> Tensor:
+        sets = functional.pad(diagonal, (0, -len(diagonal) % columns)).unflatten(0, (-1, columns))
+        first = sets.sum(1).argsort(descending=True, stable=True) * columns
+        every = (first[:, None] + torch.arange(columns, device=first.device)).flatten()
+        return every[every < len(diagonal)]
+
+    return inverse_factor(gram.sum(0) if gram.dim() == 3 else gram, damping, order)
+
+
+def change_with_factors(
+    task: BlockTask,
+    change: Change,
+    factor_of: Callable[[Tensor], Factor],
+    rounded_of: Callable[[str, Tensor, Tensor | Factor], Compensated | Rounded],
+) -> None:
+    """Change a block's layers one by one where those with equal inputs share the factor of their Gram matrix.
+
+    Args:
+        task: the block.
+        change: what is done, for its :meth:`~weft.calibrate.Change.without_data`.
+        factor_of: the factor of a Gram matrix (in, in).
+        rounded_of: a layer's packed weight, loss and notes, of its name, its matrix and the factor, or the Gram matrices
+            (groups, in, in) of a convolution with groups.
+    """
+    last: dict[str, Factor] = {}  # such layers follow one another
+    for name in task.layers:
+        with task.attempt(name):
+            instead = task.instead(name, change)
+            if instead is not change:
+                task.put(name, instead.fit(name, task.weight(name), task.statistics))
+                continue
+            gram = task.statistics.gram(name)
+            leader = task.statistics.shared(name)[0]
+            if gram.dim() == 2 and leader not in last:
+                last = {leader: factor_of(gram)}
+            packed, loss, notes = rounded_of(name, task.weight(name), last.get(leader, gram))
+            task.put(name, packed)
+            task.note(name, loss=float(loss), **({"notes": list(notes)} if notes else {}))
 
 
 def _order(diagonal: Tensor, config: GPTQ) -> Tensor:
@@ -314,6 +377,15 @@ def _order(diagonal: Tensor, config: GPTQ) -> Tensor:
     within = groups.argsort(dim=1, descending=True, stable=True)
     between = groups.amax(1).argsort(descending=True, stable=True)
     return (between[:, None] * size + within[between]).flatten()
+
+
+def _blocks(columns: int, config: GPTQ) -> list[tuple[int, int]]:
+    """Where blocks of columns start and stop."""
+    starts = set(range(0, columns, config.block_size))
+    if config.groups == "dynamic":
+        starts |= set(range(0, columns, config.group_size or columns))
+    ordered = sorted(starts)
+    return list(zip(ordered, [*ordered[1:], columns]))
 
 
 def _joined(parts: list[Rounded], config: GPTQ) -> Rounded:

@@ -1,0 +1,143 @@
+"""Codebooks of vectors: weighted k-means, and the nearest entries of a table in little memory.
+
+    minimise over centroids c and assignments a:   Σᵢ wᵢ ‖uᵢ − c_{a(i)}‖²        u (n, d), c (k, d), w (n,) ≥ 0
+
+Starts are drawn as in k-means++ (Arthur and Vassilvitskii 2007): each with a chance that grows with wᵢ times the squared
+distance to the nearest before it, so that as many starts as there are different vectors hold them all. Lloyd's steps
+follow; where there are more than ``batch`` vectors each step sees a random part of them, and an entry is the mean of all
+that it was given (Sculley 2010). An entry that is nearest to none becomes the vector that fares worst.
+Complexity: O(n · k · d) for a step; distances are held for 2¹⁸ pairs at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PAIRS = 1 << 18  # distances at a time: 1 MB of float32, which a core's cache holds
+STEP = 1 << 23  # distances of one step, of 8192 vectors at least
+SEEDS = 32  # vectors, for each entry, among which starts are drawn
+
+
+def nearest(vectors: Tensor, table: Tensor) -> Tensor:
+    """The nearest entry of each vector: (n, d), (k, d) -> (n,) int64.
+
+    >>> nearest(torch.tensor([[0.0, 1.0], [2.0, 2.0]]), torch.tensor([[2.0, 1.0], [0.0, 0.0]])).tolist()
+    [1, 0]
+    """
+    if table.shape[1] == 1:
+        values, order = table[:, 0].sort(stable=True)
+        return order[torch.bucketize(vectors[:, 0].contiguous(), (values[:-1] + values[1:]) / 2)]
+    half = table.square().sum(1) / 2
+    across = table.T.contiguous()
+    size = max(1, PAIRS // len(table))
+    # ½ ‖u − c‖² without ½ ‖u‖², which is the same for all c
+    return torch.cat([torch.addmm(half, part, across, alpha=-1).argmin(1) for part in vectors.split(size)])
+
+
+def weighted_kmeans(
+    vectors: Tensor,
+    entries: int,
+    weights: Tensor | None = None,
+    *,
+    generator: torch.Generator,
+    iterations: int = 100,
+    tolerance: float = 1e-5,
+    batch: int = 0,
+) -> Tensor:
+    """A codebook: (n, d) -> (k, d).
+
+    Args:
+        vectors: (n, d) float32 or float64.
+        entries: k; entries beyond the number of different vectors repeat others.
+        weights: (n,), none negative; all alike if None or all zero.
+        generator: on the CPU.
+        iterations: of Lloyd, at most.
+        tolerance: a step that moves the entries by a smaller share of the vectors' spread (both squared) is the last.
+        batch: vectors of a step; 0 for as many as keep a step below 2²³ distances.
+
+    >>> points = torch.tensor([[0.0], [1.0], [10.0], [12.0]])
+    >>> found = weighted_kmeans(points, 2, torch.tensor([3.0, 1.0, 1.0, 1.0]), generator=torch.Generator().manual_seed(0))
+    >>> sorted(found.flatten().tolist())
+    [0.25, 11.0]
+    """
+    if weights is None or not bool((weights > 0).any()):
+        weights = torch.ones(len(vectors), device=vectors.device)
+    weights = weights.double()
+    # a weighted spread of zero (all vectors alike) makes no step a small one: there is none
+    centre = (vectors.double() * weights[:, None]).sum(0) / weights.sum()
+    spread = float(((vectors.double() - centre).square().sum(1) * weights).sum() / weights.sum())
+    table = _starts(vectors, entries, weights, generator)
+    batch = batch or max(8192, STEP // entries)
+    whole = len(vectors) <= batch
+    held = torch.zeros(entries, dtype=torch.float64, device=vectors.device)  # weight that each entry is the mean of
+    for _ in range(iterations):
+        part, share = vectors, weights
+        if not whole:
+            chosen = torch.randint(len(vectors), (batch,), generator=generator).to(vectors.device)
+            part, share = vectors[chosen], weights[chosen]
+        found = nearest(part, table)
+        new = torch.bincount(found, weights=share, minlength=entries)
+        sums = [torch.bincount(found, weights=share * column, minlength=entries) for column in part.double().unbind(1)]
+        before = held if not whole else torch.zeros_like(held)
+        held = before + new
+        moved = (table.double() * before[:, None] + torch.stack(sums, 1)) / held.clamp(min=1e-300)[:, None]
+        moved = torch.where(held[:, None] > 0, moved, table.double())
+        empty = (held == 0).nonzero().flatten()
+        if len(empty):
+            errors = (part.double() - moved[found]).square().sum(1) * share
+            worst = errors.topk(min(len(empty), len(errors)))
+            worst_index = worst.indices[worst.values > 0]
+            moved[empty[: len(worst_index)]] = part[worst_index].double()
+            refilled = len(worst_index) > 0
+        else:
+            refilled = False
+        step = float((moved - table.double()).square().sum(1).mean())
+        table = moved.to(vectors.dtype)
+        if whole and not refilled and step <= tolerance * spread:
+            break
+    return table
+
+
+def _starts(vectors: Tensor, entries: int, weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Entries of k-means++ (k, d)."""
+    most = max(4096, SEEDS * entries)
+    if len(vectors) > most:
+        chosen = torch.randperm(len(vectors), generator=generator)[:most].to(vectors.device)
+        vectors, weights = vectors[chosen], weights[chosen]
+        if not bool((weights > 0).any()):
+            weights = torch.ones_like(weights)
+    draws = torch.rand(entries, generator=generator, dtype=torch.float64).to(vectors.device)
+    columns = vectors.T.contiguous()  # (d, n): differences of one dimension are one piece of memory
+    chances, made = weights, []
+    distances = torch.full_like(vectors[:, 0], torch.inf)
+    for draw in draws:
+        sums = chances.cumsum(0)
+        if not bool(sums[-1] > 0):  # every vector is an entry
+            break
+        # right: an index whose own chance is zero is never drawn
+        index = torch.searchsorted(sums, draw * sums[-1], right=True).clamp(max=len(sums) - 1)
+        made.append(vectors[index])
+        distances = torch.minimum(distances, (columns - columns[:, index, None]).square().sum(0))
+        chances = distances * weights
+    return torch.stack([*made, *made[:1] * (entries - len(made))])
+
+
+def power_of_two_below(number: float) -> int:
+    """The largest power of two that is not above a number, at least 1.
+
+    >>> power_of_two_below(100), power_of_two_below(0.3)
+    (64, 1)
+    """
+    return 1 << max(0, int(number).bit_length() - 1)
+
+
+def as_half(table: Tensor) -> Tensor:
+    """A table in half precision, if that changes no value by more than 0.1 % of the largest; else in float32.
+
+    >>> as_half(torch.tensor([0.5])).dtype, as_half(torch.tensor([1e30])).dtype
+    (torch.float16, torch.float32)
+    """
+    half = table.to(torch.float16)
+    near = (half.double() - table.double()).abs() <= 1e-3 * table.abs().max()
+    return half if bool(near.all()) else table.float()
