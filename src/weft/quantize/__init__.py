@@ -12,6 +12,7 @@ from weft.quantize.hqq import HQQ, hqq_codes
 from weft.quantize.nf4 import Codebook, codebook_codes
 from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_model
+from weft.quantize.shiftadd import ShiftAdd, binary_coding, lookup_product, shiftadd_codes, shiftadd_sensitivity
 from weft.quantize.vptq import VPTQ, VectorQuantization, vptq_codes
 
 __all__ = [
@@ -21,15 +22,20 @@ __all__ = [
     "VPTQ",
     "Codebook",
     "Grid",
+    "ShiftAdd",
     "VectorQuantization",
+    "binary_coding",
     "codebook_codes",
     "fake_quantize",
     "fit_grid",
     "gptq_codes",
     "gptq_factor",
     "hqq_codes",
+    "lookup_product",
     "quantize",
     "quantize_model",
     "round_to_nearest",
+    "shiftadd_codes",
+    "shiftadd_sensitivity",
     "vptq_codes",
 ]
