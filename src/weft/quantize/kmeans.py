@@ -123,13 +123,32 @@ def _starts(vectors: Tensor, entries: int, weights: Tensor, generator: torch.Gen
     return torch.stack([*made, *made[:1] * (entries - len(made))])
 
 
-def power_of_two_below(number: float) -> int:
-    """The largest power of two that is not above a number, at least 1.
+def affordable(
+    asked: list[int], length: int, shape: tuple[int, ...], overhead: float
+) -> tuple[list[int], tuple[str, ...]]:
+    """Entries of codebooks, halved from the largest down until they take few enough bits of a layer.
 
-    >>> power_of_two_below(100), power_of_two_below(0.3)
-    (64, 1)
+    Args:
+        asked: entries of each codebook.
+        length: numbers of an entry, of which each takes 16 bits.
+        shape: (out, in).
+        overhead: bits a weight that codebooks may take.
+
+    Returns:
+        The entries, at least 2 of each, and a note if they are fewer than asked for.
+
+    >>> affordable([256], 4, (64, 64), 0.25)
+    ([16], ('codebooks of 16 entries instead of 256, which would take more than 0.25 bits a weight',))
     """
-    return 1 << max(0, int(number).bit_length() - 1)
+    sizes = list(asked)
+    while sum(sizes) * length * 16 > overhead * shape[0] * shape[1] and max(sizes) > 2:
+        sizes[sizes.index(max(sizes))] = max(2, max(sizes) // 2)
+    if sizes == asked:
+        return sizes, ()
+    given, wanted = (" and ".join(map(str, each)) for each in (sizes, asked))
+    return sizes, (
+        f"codebooks of {given} entries instead of {wanted}, which would take more than {overhead:g} bits a weight",
+    )
 
 
 def as_half(table: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ Re-implemented from the equations (official code: Apache-2.0).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
 
@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from weft.calibrate import BlockTask, Change, Statistics
+from weft.calibrate.task import EachLayer
 from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
@@ -84,9 +85,9 @@ class ShiftAdd(Change):
         assert isinstance(packed, Binary)
         return packed
 
-    def without_data(self) -> WithoutData:
+    def without_data(self) -> Change:
         """The same without making up for errors."""
-        return WithoutData(**asdict(self))
+        return EachLayer(lambda name, weight, statistics: shiftadd_codes(weight, None, self).packed)
 
     def change_block(self, task: BlockTask) -> None:
         """Layers with equal inputs share the factor; the report has each one's loss, sensitivity and notes."""
@@ -101,27 +102,6 @@ class ShiftAdd(Change):
     def neighbours(self) -> int:
         """Columns that share factors."""
         return 1 if self.blocks == "column" else TILE
-
-
-@dataclass(frozen=True)
-class WithoutData(ShiftAdd):
-    """Signs and factors of each block by itself.
-
-    >>> WithoutData(bits=2).needs
-    ()
-    """
-
-    needs: ClassVar[tuple[str, ...]] = ()
-
-    def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Binary:
-        """A layer's signs and factors; see :class:`weft.calibrate.Change`."""
-        packed = shiftadd_codes(weight, None, self).packed
-        assert isinstance(packed, Binary)
-        return packed
-
-    def change_block(self, task: BlockTask) -> None:
-        """Layer by layer."""
-        Change.change_block(self, task)
 
 
 def binary_coding(values: Tensor, bits: int, rounds: int = 50, terms: int = 0) -> tuple[Tensor, Tensor]:

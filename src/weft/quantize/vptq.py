@@ -42,7 +42,7 @@ from weft.method import parameter
 from weft.packed import Packed, Transposed, Vectors
 from weft.quantize.gptq import Compensated, Factor, change_with_factors, column_factor, round_columns
 from weft.quantize.grid import checked
-from weft.quantize.kmeans import as_half, nearest, weighted_kmeans
+from weft.quantize.kmeans import affordable, as_half, nearest, weighted_kmeans
 
 NORMS = ("none", "range", "deviation")
 
@@ -171,7 +171,9 @@ def vptq_codes(
     offset, scale = _norms(start * unit, config.norm)
     shift = torch.zeros_like(start[:, :1]) if offset is None else offset.to(start).unsqueeze(1) / unit
     stretch = torch.ones_like(start[:, :1]) if scale is None else scale.to(start).unsqueeze(1) / unit
-    tables, sizes, notes = _affordable(config, weight.shape)
+    tables = 2 if 0 < math.ceil(config.outliers * columns) < columns else 1
+    asked = [config.entries, config.residual] if config.residual else [config.entries]
+    sizes, notes = affordable(asked, tables * config.length, weight.shape, config.overhead)
     own = math.ceil(config.outliers * columns) if tables == 2 else 0  # the first columns
     table = (torch.arange(columns, device=order.device) < own).to(torch.uint8)
     importance = held.diagonal.to(start.device) * stretch[:, 0].double().square()
@@ -234,23 +236,6 @@ def _norms(columns: Tensor, norm: str) -> tuple[Tensor | None, Tensor | None]:
         offset, scale = columns.mean(1), columns.std(1, correction=0)
     scale = torch.where(scale > 0, scale, columns.abs().max().clamp(min=torch.finfo(scale.dtype).tiny))
     return as_half(offset), as_half(scale)
-
-
-def _affordable(config: VPTQ, shape: torch.Size) -> tuple[int, list[int], tuple[str, ...]]:
-    """How many tables, and of how many entries each stage's are."""
-    tables = 2 if 0 < math.ceil(config.outliers * shape[1]) < shape[1] else 1
-    asked = [config.entries, config.residual] if config.residual else [config.entries]
-    sizes = list(asked)
-    # in half precision, 16 bits a number
-    while sum(sizes) * tables * config.length * 16 > config.overhead * shape[0] * shape[1] and max(sizes) > 2:
-        sizes[sizes.index(max(sizes))] = max(2, max(sizes) // 2)
-    if sizes == asked:
-        return tables, sizes, ()
-    note = (
-        f"{' and '.join(map(str, sizes))} entries instead of {' and '.join(map(str, asked))}: codebooks would take more "
-        f"than {config.overhead:g} bits a weight"
-    )
-    return tables, sizes, (note,)
 
 
 def _vectors(columns: Tensor, weights: Tensor, length: int) -> tuple[Tensor, Tensor]:
