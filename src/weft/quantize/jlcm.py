@@ -57,7 +57,7 @@ class JLCM(Reconstruction):
     tables: int = parameter(4, "of values; rows are divided among them", minimum=1, maximum=256)
     proximal: bool = parameter(True, "let near levels win over far ones")
     steps: int = parameter(400, "gradient steps for each block", minimum=0)
-    rate: float = parameter(0.01, "learning rate of mappings", minimum=0)
+    rate: float = parameter(3e-3, "learning rate of mappings", minimum=0)
     codebook_rate: float = parameter(1e-3, "learning rate of tables and scales", minimum=0)
     samples: int = parameter(8, "sequences in a mini-batch", minimum=1)
 

@@ -3,19 +3,22 @@
     minimise over centroids c and assignments a:   Σᵢ wᵢ ‖uᵢ − c_{a(i)}‖²        u (n, d), c (k, d), w (n,) ≥ 0
 
 Starts are drawn as in k-means++ (Arthur and Vassilvitskii 2007): each with a chance that grows with wᵢ times the squared
-distance to the nearest before it, so that as many starts as there are different vectors hold them all. Lloyd's steps
-follow; where there are more than ``batch`` vectors each step sees a random part of them, and an entry is the mean of all
-that it was given (Sculley 2010). An entry that is nearest to none becomes the vector that fares worst.
+distance to the nearest before it (of a few draws the best), so that as many starts as there are different vectors hold them
+all. Lloyd's steps follow; where there are more than ``batch`` vectors each step sees a random part of them, and an entry is
+the mean of all that it was given (Sculley 2010). An entry that is nearest to none becomes the vector that fares worst.
 Complexity: O(n · k · d) for a step; distances are held for 2¹⁸ pairs at a time.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 PAIRS = 1 << 18  # distances at a time: 1 MB of float32, which a core's cache holds
 STEP = 1 << 23  # distances of one step, of 8192 vectors at least
+DRAWS = 1 << 26  # numbers times entries up to which several draws are compared
 SEEDS = 32  # vectors, for each entry, among which starts are drawn
 
 
@@ -107,7 +110,9 @@ def _starts(vectors: Tensor, entries: int, weights: Tensor, generator: torch.Gen
         vectors, weights = vectors[chosen], weights[chosen]
         if not bool((weights > 0).any()):
             weights = torch.ones_like(weights)
-    draws = torch.rand(entries, generator=generator, dtype=torch.float64).to(vectors.device)
+    # of some draws the best, as scikit-learn does, where that is cheap
+    trials = 2 + int(math.log(entries)) if vectors.numel() * entries <= DRAWS else 1
+    draws = torch.rand(entries, trials, generator=generator, dtype=torch.float64).to(vectors.device)
     columns = vectors.T.contiguous()  # (d, n): differences of one dimension are one piece of memory
     chances, made = weights, []
     distances = torch.full_like(vectors[:, 0], torch.inf)
@@ -116,9 +121,12 @@ def _starts(vectors: Tensor, entries: int, weights: Tensor, generator: torch.Gen
         if not bool(sums[-1] > 0):  # every vector is an entry
             break
         # right: an index whose own chance is zero is never drawn
-        index = torch.searchsorted(sums, draw * sums[-1], right=True).clamp(max=len(sums) - 1)
-        made.append(vectors[index])
-        distances = torch.minimum(distances, (columns - columns[:, index, None]).square().sum(0))
+        drawn = torch.searchsorted(sums, draw * sums[-1], right=True).clamp(max=len(sums) - 1)
+        tried = (columns.unsqueeze(1) - columns[:, drawn].unsqueeze(2)).square().sum(0)  # (trials, n)
+        tried = torch.minimum(distances, tried)
+        best = 0 if trials == 1 else int((tried.double() @ weights).argmin())
+        made.append(vectors[drawn[best]])
+        distances = tried[best]
         chances = distances * weights
     return torch.stack([*made, *made[:1] * (entries - len(made))])
 

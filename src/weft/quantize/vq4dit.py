@@ -59,7 +59,7 @@ class VQ4DiT(Reconstruction):
     steps: int = parameter(400, "gradient steps for each block", minimum=0)
     rate: float = parameter(0.05, "learning rate of assignments", minimum=0)
     codebook_rate: float = parameter(1e-3, "learning rate of the codebook, in units of the largest weight", minimum=0)
-    decide: float = parameter(0.1, "λ at the end, where the loss of the start is 1", minimum=0)
+    decide: float = parameter(1.0, "λ at the end, where the loss of the start is 1", minimum=0)
     freeze: float = parameter(0.99, "largest share at which a piece is decided", minimum=0.5, maximum=1)
     overhead: float = parameter(
         0.25, "bits a weight that codebooks may take; entries are halved until they do", minimum=0
