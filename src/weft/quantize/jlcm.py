@@ -223,7 +223,7 @@ def choose(logits: Tensor, levels: Tensor, candidates: Tensor, table: Tensor, ga
     >>> logits.grad.flatten().tolist()
     [-1.0, 1.0]
     """
-    return _Choose.apply(logits, levels, candidates, table, gap, proximal)  # type: ignore[no-any-return, no-untyped-call]
+    return _Choose.apply(logits, levels, candidates, table, gap, proximal)
 
 
 class _Choose(torch.autograd.Function):
