@@ -2,45 +2,79 @@
 
 Start at :mod:`weft.quantize.rtn`, the baseline of all: each weight goes to the nearest value of a grid. The grids (bits,
 groups, scales, zero points) are in :mod:`weft.quantize.grid`. :mod:`weft.quantize.gptq` is the method to take where there is
-calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. :func:`quantize_model` writes a quantised
-copy of a model.
+calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. Methods that train what is rounded on the
+outputs of blocks share :mod:`weft.quantize.reconstruct`. :func:`quantize_model` writes a quantised copy of a model.
 """
 
+from weft.quantize.flexround import FlexRound, FlexRounding
+from weft.quantize.floating_point import FloatingPoint, float_codes, float_scales
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
+from weft.quantize.gradient_ptq import GradientPTQ, Rounding, importance
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.hqq import HQQ, hqq_codes
 from weft.quantize.jlcm import JLCM, jlcm_footprint
+from weft.quantize.low_rank_patch import low_rank_patch
 from weft.quantize.nf4 import Codebook, codebook_codes
+from weft.quantize.nupes import NUPES, PowerCodes
+from weft.quantize.powerquant import PowerQuant, power_codes, power_exponent
+from weft.quantize.reconstruct import Reconstruction, reconstruct_block, reconstruct_layer
 from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_model
 from weft.quantize.shiftadd import ShiftAdd, binary_coding, lookup_product, shiftadd_codes, shiftadd_sensitivity
+from weft.quantize.signround import SignRound, SignRounding
+from weft.quantize.soft import Descent, Soft, descend
 from weft.quantize.vptq import VPTQ, VectorQuantization, vptq_codes
 from weft.quantize.vq4dit import VQ4DiT
+from weft.quantize.zeroquant_fp import ZeroQuantFP, zeroquant_codes
 
 __all__ = [
     "GPTQ",
     "HQQ",
     "JLCM",
+    "NUPES",
     "RTN",
     "VPTQ",
     "Codebook",
+    "Descent",
+    "FlexRound",
+    "FlexRounding",
+    "FloatingPoint",
+    "GradientPTQ",
     "Grid",
+    "PowerCodes",
+    "PowerQuant",
+    "Reconstruction",
+    "Rounding",
     "ShiftAdd",
+    "SignRound",
+    "SignRounding",
+    "Soft",
     "VQ4DiT",
     "VectorQuantization",
+    "ZeroQuantFP",
     "binary_coding",
     "codebook_codes",
+    "descend",
     "fake_quantize",
     "fit_grid",
+    "float_codes",
+    "float_scales",
     "gptq_codes",
     "gptq_factor",
     "hqq_codes",
+    "importance",
     "jlcm_footprint",
     "lookup_product",
+    "low_rank_patch",
+    "power_codes",
+    "power_exponent",
     "quantize",
     "quantize_model",
+    "reconstruct_block",
+    "reconstruct_layer",
     "round_to_nearest",
     "shiftadd_codes",
     "shiftadd_sensitivity",
     "vptq_codes",
+    "zeroquant_codes",
 ]

@@ -54,7 +54,7 @@ class NUPES(PowerQuant, Reconstruction):
     """
 
     steps: int = parameter(400, "gradient steps for each block", minimum=0)
-    rate: float = parameter(1e-2, "learning rate of codes; that of the exponent is a tenth", minimum=0)
+    rate: float = parameter(1e-3, "learning rate of codes; that of the exponent is a tenth", minimum=0)
     samples: int = parameter(8, "sequences in a mini-batch", minimum=1)
     learned: float = parameter(0.5, "part of the steps after which the exponent is frozen", minimum=0, maximum=1)
 
@@ -123,7 +123,7 @@ class PowerCodes(Soft):
         """Ŵ (out, in), float32."""
         q = code_limit(self.config.bits)
         codes = through(self.code, self.code.round()).clamp(-q, q)
-        return (_Power.apply(codes / q, self.exponent(), q) * self.largest).flatten(1)  # type: ignore[no-untyped-call]
+        return (_Power.apply(codes / q, self.exponent(), q) * self.largest).flatten(1)
 
     @torch.no_grad()
     def packed(self) -> Lookup:

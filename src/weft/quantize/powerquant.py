@@ -96,8 +96,14 @@ def power_exponent(weights: Tensor | Sequence[Tensor], config: PowerQuant | None
     if not matrices:
         raise RecipeError("An exponent is searched for at least one matrix, got none.")
     parts = [power_parts(w, config) for w in matrices]
-    # a share of each group's largest weight: the network's error weighs large weights more
-    return float(_search(lambda a: sum(_error(u, m, a, config.bits).sum() for u, m in parts).reshape(1), 1)[0])  # type: ignore[union-attr]
+    whole = torch.stack([m.amax() for _, m in parts]).amax()
+
+    def error(exponent: Any) -> Tensor:
+        return (
+            torch.stack([_error(u, _shares(m, whole), exponent, config.bits).sum() for u, m in parts]).sum().reshape(1)
+        )
+
+    return float(_search(error, 1)[0])
 
 
 def power_codes(weight: Tensor, config: PowerQuant | None = None) -> Lookup:
@@ -146,12 +152,16 @@ def power_parts(weight: Tensor, config: PowerQuant) -> tuple[Tensor, Tensor]:
     return groups / torch.where(largest > 0, largest.clamp(min=torch.finfo(torch.float32).tiny), 1), largest
 
 
-def _error(unit: Tensor, largest: Tensor, exponent: Tensor, bits: int) -> Tensor:
-    """Σ (W − Ŵ)² of each row: (out,), float64; in units of the matrix' largest weight."""
+def _error(unit: Tensor, share: Tensor, exponent: Any, bits: int) -> Tensor:
+    """Σ (W − Ŵ)² of each row: (out,), float64; ``share`` (out, groups, 1) is what stands for the largest weights."""
     q = code_limit(bits)
     codes = (unit.abs().pow(exponent) * q).round() / q
-    share = (largest / largest.amax().clamp(min=torch.finfo(torch.float32).tiny)).double()
     return ((codes.pow(1 / exponent) - unit.abs()).double() * share).square().sum((1, 2))
+
+
+def _shares(largest: Tensor, whole: Tensor) -> Tensor:
+    """Float64, so that squares of tiny weights do not vanish."""
+    return (largest / whole.clamp(min=torch.finfo(torch.float32).tiny)).double()
 
 
 def power_exponents(unit: Tensor, largest: Tensor, config: PowerQuant) -> Tensor:
@@ -161,12 +171,13 @@ def power_exponents(unit: Tensor, largest: Tensor, config: PowerQuant) -> Tensor
     [0.5]
     """
     rows = len(unit) if config.unit == "row" else 1
+    share = _shares(largest, largest.amax())
     if config.exponent:
         found = torch.full((rows,), config.exponent, device=unit.device)
     elif rows == 1:
-        found = _search(lambda a: _error(unit, largest, a, config.bits).sum().reshape(1), 1).to(unit.device)
+        found = _search(lambda a: _error(unit, share, a, config.bits).sum().reshape(1), 1).to(unit.device)
     else:
-        found = _search(lambda a: _error(unit, largest, a, config.bits), rows).to(unit.device)
+        found = _search(lambda a: _error(unit, share, a.to(unit.device), config.bits), rows).to(unit.device)
     found = found.float()
     return (on_grid(found) if config.unit == "row" else found).reshape(-1, 1, 1)
 
@@ -185,12 +196,16 @@ def _search(error: Callable[[Any], Tensor], units: int) -> Tensor:
 
     The error has small steps where a weight changes its code, so that a golden section alone may stop at one of them.
     """
-    best, least = torch.ones(units, dtype=torch.float64), error(1.0).cpu()
-    tried = [torch.full((units,), LEAST + _STEPS[0] * i) for i in range(round((MOST - LEAST) / _STEPS[0]) + 1)]
+    best = torch.ones(units, dtype=torch.float64)
+    least = torch.full_like(best, torch.inf)
+    tried = [
+        torch.full((units,), LEAST + _STEPS[0] * i, dtype=torch.float64)
+        for i in range(round((MOST - LEAST) / _STEPS[0]) + 1)
+    ]
     for step, before in zip((*_STEPS[1:], 0.0), _STEPS):
         for a in tried:
             found = error(a.float().reshape(-1, 1, 1) if units > 1 else float(a[0])).cpu()
-            best = torch.where(found < least, a.double(), best)
+            best = torch.where(found < least, a, best)
             least = torch.minimum(found, least)
         if not step:
             break

@@ -32,7 +32,7 @@ from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Affine
 from weft.quantize.grid import Grid, fit_grid
-from weft.quantize.reconstruct import Reconstruction
+from weft.quantize.reconstruct import Reconstruction, nearest_of
 from weft.quantize.rtn import RTN
 from weft.quantize.soft import Descent, Soft, through
 
@@ -68,7 +68,7 @@ class SignRound(Grid, Reconstruction):
 
     def without_data(self) -> RTN:
         """Rounding to nearest on the same grid."""
-        return RTN(self.bits, self.group_size, self.kind, self.scale_dtype)
+        return nearest_of(self)
 
 
 class SignRounding(Soft):
@@ -103,8 +103,12 @@ class SignRounding(Soft):
         self.grid, self.dtype = grid, scale.dtype
         groups = weight.detach().float().contiguous().unflatten(1, (scale.shape[1], -1))
         self.register_buffer("groups", groups)  # (out, groups, group_size)
-        self.register_buffer("smallest", groups.amin(-1).clamp(max=0))
-        self.register_buffer("largest", groups.amax(-1).clamp(min=0))
+        smallest, largest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        whole = self._scale(smallest, largest)[1].to(scale)
+        # a grid that was fitted to less than the range starts there
+        share = torch.where(whole == scale, 1, scale.float() / whole.float())
+        self.register_buffer("smallest", smallest * share)
+        self.register_buffer("largest", largest * share)
         self.offset = nn.Parameter(torch.zeros_like(groups))
         self.lower = nn.Parameter(torch.ones_like(self.smallest), requires_grad=clip)
         self.upper = nn.Parameter(torch.ones_like(self.largest), requires_grad=clip)
@@ -131,18 +135,22 @@ class SignRounding(Soft):
         """Scales and zero points (out, groups), and codes (out, groups, group_size)."""
         low, high = self.grid.codes
         smallest, largest = self.lower * self.smallest, self.upper * self.largest
-        if self.grid.kind == "asymmetric":
-            exact = (largest - smallest) / high
-        else:
-            exact = torch.maximum(largest, -smallest) / (high if self.grid.kind == "narrow" else (high - low) / 2)
-        stored = exact.to(self.dtype).clamp(min=torch.finfo(self.dtype).tiny)
-        scale = through(exact, stored.float())
+        scale = through(*self._scale(smallest, largest))
         zero = torch.zeros_like(scale)
         if self.grid.kind == "asymmetric":
             ratio = -smallest / scale
             zero = through(ratio, ratio.round()).clamp(low, high)
         steps = self.groups / scale.unsqueeze(-1) + self.offset
         return scale, zero, (through(steps, steps.round()) + zero.unsqueeze(-1)).clamp(low, high)
+
+    def _scale(self, smallest: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a range: exactly, and as it is stored; float32."""
+        low, high = self.grid.codes
+        if self.grid.kind == "asymmetric":
+            exact = (largest - smallest) / high
+        else:
+            exact = torch.maximum(largest, -smallest) / (high if self.grid.kind == "narrow" else (high - low) / 2)
+        return exact, exact.to(self.dtype).clamp(min=torch.finfo(self.dtype).tiny).float()
 
 
 METHODS = (

@@ -20,14 +20,20 @@ from weft.packed import Packed
 
 OPTIMIZERS = ("adam", "adamax", "momentum", "sign")
 DECAYS = ("none", "linear", "cosine")
-CHECKS = 8  # how often a descent looks whether the packed weights are better
+BESIDE_RATE = 1e-3  # largest learning rate of what is trained beside the Softs
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs and targets (tokens, width) -> one number for each token
 Weights = dict[str, Tensor]
 
 
 class Soft(nn.Module):
-    """A matrix that is trained on the way to a packed weight. Subclasses give :meth:`forward` and :meth:`packed`."""
+    """A matrix that is trained on the way to a packed weight. Subclasses give :meth:`forward` and :meth:`packed`.
+
+    >>> from weft.quantize import Grid, SignRounding
+    >>> soft = SignRounding(torch.tensor([[0.0, 0.9, 2.1, 3.0]]), Grid(bits=2, group_size=0))
+    >>> [name for name, _ in soft.named_parameters()], soft.packed().codes.tolist()
+    (['offset', 'lower', 'upper'], [[0, 1, 2, 3]])
+    """
 
     def forward(self) -> Tensor:
         """The matrix (out, in), float32, with gradients to the parameters."""
@@ -109,6 +115,9 @@ class Descent:
         decay: of the learning rate to zero over the steps: none, linear or cosine.
         samples: sequences of a mini-batch.
         loss: of outputs and targets, see :func:`squares`.
+
+    >>> Descent(steps=500, optimizer="adamax", loss=angles).decay
+    'cosine'
     """
 
     steps: int = 200
@@ -128,7 +137,7 @@ def through(x: Tensor, rounded: Tensor) -> Tensor:
     >>> y.item(), x.grad.item()
     (1.0, 1.0)
     """
-    return _Through.apply(x, rounded)  # type: ignore[no-any-return, no-untyped-call]
+    return _Through.apply(x, rounded)
 
 
 class _Through(torch.autograd.Function):
@@ -149,6 +158,7 @@ def descend(
     score: Callable[[Weights], float],
     descent: Descent,
     beside: Mapping[str, nn.Parameter] | None = None,
+    checks: int = 8,
 ) -> tuple[float, float]:
     """Train, and leave the best state in the Softs.
 
@@ -158,6 +168,7 @@ def descend(
         score: the same of packed weights, without gradients, on what the result is judged by.
         descent: how.
         beside: other parameters to train (biases).
+        checks: how often the score is taken, at equal distances and at the end.
 
     Returns:
         The scores of the start and of the end, which is never larger.
@@ -180,10 +191,11 @@ def descend(
     if not descent.steps or not start > 0 or not parameters:
         return start, start
     kept = [p.detach().clone() for p in parameters]
-    groups = [(rate, params) for s in softs.values() for rate, params in s.rates()] + [(1.0, list(more.values()))]
+    groups = [(rate, params) for s in softs.values() for rate, params in s.rates()]
+    groups.append((min(1.0, BESIDE_RATE / (descent.rate or 1.0)), list(more.values())))
     optimizer = _optimizer([(rate * descent.rate, params) for rate, params in groups if params], descent.optimizer)
     first = [group["lr"] for group in optimizer.param_groups]
-    every = max(1, descent.steps // CHECKS)
+    every = max(1, descent.steps // checks)
     for step in range(descent.steps):
         progress = step / descent.steps
         for soft in softs.values():
@@ -198,7 +210,7 @@ def descend(
                 value = value if penalty is None else value + penalty
             if not value.isfinite():
                 break  # the best state is kept
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
         if descent.optimizer == "sign":
             for p in parameters:
                 if p.grad is not None:
