@@ -185,6 +185,20 @@ def test_inputs_that_were_never_seen() -> None:
     assert "no input" in nothing.notes[0]
 
 
+def test_a_trained_layer_at_two_bits() -> None:
+    """Of a real layer's held-out outputs: compensated vectors change less than GPTQ's grids of more bits, plain ones more."""
+    from real_layer import held_out_error, real_layer
+
+    parts = real_layer()
+    vectors = VPTQ(length=2, entries=16)
+    assert vptq_codes(parts[0], parts[1], vectors).packed.bits_per_weight < 2.1
+    made, grid, plain = (
+        held_out_error(c, *parts) for c in (vectors, GPTQ(2, 64), VectorQuantization(length=2, entries=16))
+    )
+    assert made < 0.9 * grid
+    assert grid < plain
+
+
 def test_what_is_refused() -> None:
     weight, gram = layer()
     with pytest.raises(RecipeError, match="20 inputs"):
