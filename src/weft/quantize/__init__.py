@@ -14,6 +14,7 @@ from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.gradient_ptq import GradientPTQ, Rounding, importance
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.hqq import HQQ, hqq_codes
+from weft.quantize.jlcm import JLCM, jlcm_footprint
 from weft.quantize.load import load_quantized
 from weft.quantize.low_rank_patch import low_rank_patch
 from weft.quantize.nf4 import Codebook, codebook_codes
@@ -22,15 +23,20 @@ from weft.quantize.powerquant import PowerQuant, power_codes, power_exponent
 from weft.quantize.reconstruct import Reconstruction, reconstruct_block, reconstruct_layer
 from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_, quantize_model
+from weft.quantize.shiftadd import ShiftAdd, binary_coding, lookup_product, shiftadd_codes, shiftadd_sensitivity
 from weft.quantize.signround import SignRound, SignRounding
 from weft.quantize.soft import Descent, Soft, descend
+from weft.quantize.vptq import VPTQ, VectorQuantization, vptq_codes
+from weft.quantize.vq4dit import VQ4DiT
 from weft.quantize.zeroquant_fp import ZeroQuantFP, zeroquant_codes
 
 __all__ = [
     "GPTQ",
     "HQQ",
+    "JLCM",
     "NUPES",
     "RTN",
+    "VPTQ",
     "Codebook",
     "Descent",
     "FlexRound",
@@ -42,10 +48,14 @@ __all__ = [
     "PowerQuant",
     "Reconstruction",
     "Rounding",
+    "ShiftAdd",
     "SignRound",
     "SignRounding",
     "Soft",
+    "VQ4DiT",
+    "VectorQuantization",
     "ZeroQuantFP",
+    "binary_coding",
     "codebook_codes",
     "descend",
     "evaluate",
@@ -57,7 +67,9 @@ __all__ = [
     "gptq_factor",
     "hqq_codes",
     "importance",
+    "jlcm_footprint",
     "load_quantized",
+    "lookup_product",
     "low_rank_patch",
     "power_codes",
     "power_exponent",
@@ -67,5 +79,8 @@ __all__ = [
     "reconstruct_block",
     "reconstruct_layer",
     "round_to_nearest",
+    "shiftadd_codes",
+    "shiftadd_sensitivity",
+    "vptq_codes",
     "zeroquant_codes",
 ]

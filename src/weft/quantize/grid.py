@@ -146,18 +146,32 @@ def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Te
     return quantize(weight, scale, zero, grid).dequantize()
 
 
-def _groups(weight: Tensor, grid: Grid) -> Tensor:
-    """(out, in) -> (out, groups, group_size), float32."""
+def checked(weight: Tensor) -> Tensor:
+    """A matrix (out, in) of finite numbers: float64 as it is, others as float32.
+
+    Raises:
+        RecipeError: it is something else.
+
+    >>> checked(torch.ones(1, 2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
     if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
         raise RecipeError(
-            f"A grid is fitted to a matrix (out, in) of numbers, got {list(weight.shape)} {weight.dtype}."
+            f"What is quantised is a matrix (out, in) of numbers, got {list(weight.shape)} {weight.dtype}."
         )
+    weight = weight.detach()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    if not weight.isfinite().all():
+        raise RecipeError("The weights hold NaN or infinite values, which cannot be quantised.")
+    return weight
+
+
+def _groups(weight: Tensor, grid: Grid) -> Tensor:
+    """(out, in) -> (out, groups, group_size), float32."""
+    weight = checked(weight).float()
     size = grid.group_size or weight.shape[1]
     if weight.shape[1] % size:
         raise RecipeError(
             f"Rows of {weight.shape[1]} inputs do not divide into groups of {size}; give another group_size, or 0 for rows."
         )
-    groups = weight.float().unflatten(1, (-1, size))
-    if not groups.isfinite().all():
-        raise RecipeError("The weights hold NaN or infinite values, which no grid has.")
-    return groups
+    return weight.unflatten(1, (-1, size))
