@@ -88,6 +88,7 @@ class BlockTask:
         statistics: of their inputs, with the weights that the blocks before have now.
         seed: of what is drawn; see :meth:`generator`.
         skip_errors: leave a layer as it is where its change fails, and note the reason.
+        elsewhere: layers of the block that other changes have.
         packed: what was put, of the layers that were given packed weights.
         changed: layers that were put.
         notes: facts for the report, by layer.
@@ -98,6 +99,7 @@ class BlockTask:
     statistics: Statistics
     seed: int = 0
     skip_errors: bool = False
+    elsewhere: frozenset[str] = frozenset()
     packed: dict[str, Packed] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
