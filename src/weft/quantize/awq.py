@@ -38,6 +38,7 @@ from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Affine
+from weft.quantize.clip import output_clip
 from weft.quantize.folding import Fold, folds_of
 from weft.quantize.gptq import GPTQ, Factor, gptq_codes, gptq_factor
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
@@ -47,8 +48,6 @@ from weft.quantize.scores import score_layers
 
 ROUNDINGS = ("nearest", "gptq")
 SMALLEST = 1e-4  # of scales before they are normalised, and beside w̄
-CLIPS = [1 - i / 20 for i in range(10)]
-_ROWS = 512  # of a matrix, whose clips are sought at a time
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def awq_search(task: BlockTask, fold: Fold, config: AWQ) -> Tensor | None:
         fold: of the block.
         config: the grid and the exponents.
     """
-    readers = [r for r in fold.readers if r.name in task.layers]
+    readers = [r for r in fold.readers if r.name in task.layers and r.source.numel() % (config.group_size or 1) == 0]
     known = [r for r in readers if task.statistics.has(r.name, "mean_abs") and not task.few(r.name)]
     if not known:
         return None
@@ -210,56 +209,6 @@ def awq_search(task: BlockTask, fold: Fold, config: AWQ) -> Tensor | None:
     return found
 
 
-def awq_clip(weight: Tensor, gram: Tensor, config: Grid) -> Tensor:
-    """The best range of each group: its weights are clamped to ± this before the grid is fitted.
-
-    Args:
-        weight: (out, in).
-        gram: (in, in), Σ xᵀx of the layer's inputs.
-        config: the grid.
-
-    Returns:
-        (out, groups), float32.
-
-    Raises:
-        RecipeError: shapes do not fit, or values are not finite.
-
-    Source: arXiv:2306.00978, section 3 and the authors' code.
-
-    >>> weight = torch.tensor([[1.0, 0.27, 0.27, 0.27]])
-    >>> gram = torch.diag(torch.tensor([0.01, 1.0, 1.0, 1.0]))
-    >>> [round(m, 2) for m in awq_clip(weight, gram, Grid(bits=2, group_size=0)).flatten().tolist()]
-    [0.8]
-    """
-    fit_grid(weight, config)  # which checks the weight
-    if gram.shape != (weight.shape[1],) * 2 or not gram.isfinite().all():
-        raise RecipeError(
-            f"AWQ needs the finite Gram matrix (in, in) of a layer's {weight.shape[1]} inputs, got {list(gram.shape)}."
-        )
-    size = config.group_size or weight.shape[1]
-    count = weight.shape[1] // size
-    blocks = torch.stack([gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)]).float()
-    blocks = blocks / blocks.diagonal(dim1=1, dim2=2).mean().clamp(min=torch.finfo(torch.float32).tiny)
-    found = []
-    for part in weight.float().split(_ROWS):
-        groups = part.unflatten(1, (-1, size))
-        largest = groups.abs().amax(-1)  # (rows, groups)
-        unit = largest.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-        best, bound = torch.full_like(largest, torch.inf), largest.clone()
-        for share in CLIPS:
-            limit = (share * largest).unsqueeze(-1)
-            clipped = groups.clamp(-limit, limit).flatten(1)
-            delta = (
-                fake_quantize(clipped, *fit_grid(clipped, config), config).unflatten(1, (-1, size)) - groups
-            ) / unit
-            by_group = delta.transpose(0, 1)  # (groups, rows, size)
-            loss = ((by_group @ blocks) * by_group).sum(-1).T
-            better = loss < best
-            best, bound = torch.where(better, loss, best), torch.where(better, limit.squeeze(-1), bound)
-        found.append(bound)
-    return torch.cat(found)
-
-
 def _codes(weight: Tensor, gram: Tensor, config: AWQ, clip: bool, factor: Factor | None = None) -> Affine:
     """A layer's codes by clips and rounding; gram (groups, n, n) for a convolution with groups."""
     fit_grid(weight, config)
@@ -268,7 +217,7 @@ def _codes(weight: Tensor, gram: Tensor, config: AWQ, clip: bool, factor: Factor
         grams = gram.unsqueeze(0) if gram.dim() == 2 else gram
         if len(weight) % len(grams):
             raise RecipeError(f"{list(weight.shape)} has no rows for each of {len(grams)} Gram matrices.")
-        bounds = torch.cat([awq_clip(w, g, config) for w, g in zip(weight.chunk(len(grams)), grams)]).unsqueeze(-1)
+        bounds = torch.cat([output_clip(w, g, config) for w, g in zip(weight.chunk(len(grams)), grams)]).unsqueeze(-1)
         groups = weight.float().unflatten(1, (bounds.shape[1], -1))
         clipped = groups.clamp(-bounds, bounds).flatten(1)
     scale, zero = fit_grid(clipped, config)

@@ -103,7 +103,7 @@ class SmoothQuant(W8A8):
         return (largest.amax().float() / INT8).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _chosen(self, task: BlockTask, fold: Fold) -> Tensor | None:
-        readers = [r for r in fold.readers if r.name in task.layers]
+        readers = [r for r in fold.readers if r.name in task.layers and r.source.numel() % (self.group_size or 1) == 0]
         known = [r for r in readers if task.statistics.has(r.name, "max_abs") and not task.few(r.name)]
         if not known:
             return None
