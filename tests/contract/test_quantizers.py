@@ -15,11 +15,11 @@ from weft.registry import methods
 NUMBER_OF_CHECKS = 16
 ROWS = {name: row for name, row in methods().items() if isinstance(row, QuantizeMethod)}
 # Quantising again moves what these gave; each row says why.
-REFIT = {"fp4", "gptq", "hqq", "nf4"}
+REFIT = {"awq", "fp4", "gptq", "hqq", "nf4"}
 
 
 def test_rows() -> None:
-    assert set(ROWS) == {"fp4", "gptq", "hqq", "nf4", "rtn"}
+    assert set(ROWS) == {"adadim", "awq", "fp4", "gptq", "hqq", "nf4", "rtn", "smoothquant", "w8a8"}
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))

@@ -53,7 +53,7 @@ class AdaDim(Grid, Change):
 
     axis: str = parameter("auto", "of groups: inputs, outputs, or auto: the better one for each layer", choices=AXES)
     rounding: str = parameter("nearest", "nearest or gptq", choices=ROUNDINGS)
-    tokens: int = parameter(8192, "of the data that axes are tried on; whole batches", minimum=1)
+    tokens: int = parameter(4096, "of the data that axes are tried on; whole batches", minimum=1)
 
     needs: ClassVar[tuple[str, ...]] = ("gram",)
 

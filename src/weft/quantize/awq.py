@@ -62,7 +62,7 @@ class AWQ(Grid, Change):
     duo: bool = parameter(True, "scales from weights too, not from activations alone")
     clip: bool = parameter(True, "seek each group's range")
     rounding: str = parameter("nearest", "of scaled weights: nearest or gptq", choices=ROUNDINGS)
-    tokens: int = parameter(8192, "of the data that exponents are tried on; whole batches", minimum=1)
+    tokens: int = parameter(4096, "of the data that exponents are tried on; whole batches", minimum=1)
 
     needs: ClassVar[tuple[str, ...]] = ("gram", "scales")
 

@@ -54,7 +54,7 @@ class SmoothQuant(W8A8):
     static: bool = parameter(False, "one scale for all of a layer's inputs, from calibration data")
     folds: str = parameter("norms", "what takes the inverse: norms, or all: linear layers too", choices=FOLDS)
     search: int = parameter(0, "steps in which α is sought for each group of layers; 0 for alpha itself", minimum=0)
-    tokens: int = parameter(8192, "of the data that α is tried on; whole batches", minimum=1)
+    tokens: int = parameter(4096, "of the data that α is tried on; whole batches", minimum=1)
 
     needs: ClassVar[tuple[str, ...]] = ("scales",)
 
