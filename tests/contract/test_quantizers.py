@@ -12,7 +12,7 @@ from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.registry import methods
 
-NUMBER_OF_CHECKS = 16
+NUMBER_OF_CHECKS = 17
 ROWS = {name: row for name, row in methods().items() if isinstance(row, QuantizeMethod)}
 # Quantising again moves what these gave; each row says why.
 REFIT = {"awq", "fp4", "gptq", "hqq", "nf4"}

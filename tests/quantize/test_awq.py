@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "calibrate"))
 from architectures import build
 
 from weft.calibrate import Statistics, Walk, collect
+from weft.calibrate.facts import Facts
 from weft.calibrate.rewrite import change_block
 from weft.errors import RecipeError
 from weft.quantize import (
@@ -218,6 +219,20 @@ def test_a_layer_alone_is_clipped() -> None:
     assert torch.equal(columns, gptq_codes(weight, known.gram("0"), GPTQ(3, 32), fitted).codes.dequantize())
     assert float((x @ (columns - weight).T).norm()) < 0.9 * plain
     assert torch.equal(fake_quantize(columns, *fitted, Grid(3, 32)), columns)
+
+
+def test_a_convolution_with_groups_is_clipped_by_its_own_gram_matrices() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(8, 16, generator=generator), outlying(torch.randn(2, 99, 16, generator=generator))
+    gram = x.mT @ x
+    known = Statistics({"layer/gram": gram}, Facts(layers={"layer": ("layer", 99)}))
+    halves = [Statistics({"layer/gram": g}, Facts(layers={"layer": ("layer", 99)})) for g in gram]
+    for rounding in ("nearest", "gptq"):
+        config = AWQ(3, 8, rounding=rounding)
+        parts = [config.fit("layer", w, h).dequantize() for w, h in zip(weight.chunk(2), halves)]
+        assert torch.equal(config.fit("layer", weight, known).dequantize(), torch.cat(parts))
+    with pytest.raises(RecipeError, match="rows for each"):
+        AWQ(3, 8).fit("layer", weight[:7], known)
 
 
 def test_outlying_channels_are_what_scales_are_for() -> None:

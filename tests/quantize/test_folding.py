@@ -169,6 +169,19 @@ def test_query_and_key_are_found(name: str) -> None:
     assert found == fused.get(name, {"q_proj", "k_proj"})
 
 
+def test_query_and_key_of_cross_attention_are_found() -> None:
+    model, batches = lively("t5")
+    with Walk(model, batches) as walk:
+        for block in walk:
+            if not block.name.startswith("decoder.block.1"):
+                continue
+            folds, _ = find_folds(block)
+            cross = f"{block.name}.layer.1.EncDecAttention."
+            own = f"{block.name}.layer.0.SelfAttention."
+            shared = [[f"{own}{p}" for p in "qkv"], [f"{cross}q"], [f"{cross}k", f"{cross}v"]]
+            assert score_layers(block, shared, folds) == {f"{a}{p}" for a in (own, cross) for p in "qk"}
+
+
 class Made(nn.Module):
     """A block of two layers with something between them."""
 

@@ -19,8 +19,7 @@ attention too. Losses of single layers and of clips are over all calibration tok
 take 512; those of modules are over ``tokens``, without padding, in float32, and candidates that are not finite are left out
 and noted. Blocks see the inputs that the quantised blocks before them give. A norm's weight is rounded to the model's type
 first and what it was rounded by goes to the layers after it. Zero is on every grid, which the authors' quantiser leaves
-out. Query and key are found by a trial (:func:`weft.quantize.scores.score_layers`), not by name, cross-attention's are
-not. ``rounding="gptq"`` rounds the scaled weights to their clipped grids column by column.
+out. Query and key are found by a trial (:func:`weft.quantize.scores.score_layers`), not by name. ``rounding="gptq"`` rounds the scaled weights to their clipped grids column by column.
 Complexity: ``points`` passes over ``tokens`` for each group of layers; clips take 10 · out · in · group_size.
 Re-implemented from the equations (official code: MIT).
 """

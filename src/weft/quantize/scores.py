@@ -25,7 +25,8 @@ def score_layers(block: Block, shared: Sequence[Sequence[str]], folds: Sequence[
     """Layers whose outputs are multiplied by one another's: query and key, of which clips of weights are known to be harmful.
 
     Two are such a pair if the block gives the same with one multiplied and the other divided by a number; so are two parts
-    of a layer that gives values too.
+    of a layer that gives values too. Pairs are tried among layers with the same inputs, and, where values have keys beside
+    them that none of these matches, with all others.
 
     Args:
         block: in float32.
@@ -33,7 +34,7 @@ def score_layers(block: Block, shared: Sequence[Sequence[str]], folds: Sequence[
         folds: of the block.
         batch: the number of the batch to try it on.
     """
-    linear = block.linears()
+    linear, experts = block.linears(), block.experts
     plain = run_block(block, batch).output
     found: set[str] = set()
 
@@ -53,6 +54,15 @@ def score_layers(block: Block, shared: Sequence[Sequence[str]], folds: Sequence[
         for (a, first), (b, second) in itertools.combinations(zip(names, whole), 2):
             if not {a, b} <= found and pair(first, second):
                 found |= {a, b}
+    for names in shared:  # keys and values of other tokens than the queries': cross-attention
+        values = {f.name for f in folds if f.kind == "linear"} & set(names)
+        for key in set(names) - values if values and not found & set(names) else ():
+            rows = len(matrix_of(linear[key]))
+            for query in (n for n in linear if n not in names and len(matrix_of(linear[n])) % rows == 0):
+                if {query, key} <= found or query in experts or key in experts:
+                    continue
+                if pair((linear[query], 0, len(matrix_of(linear[query]))), (linear[key], 0, rows)):
+                    found |= {query, key}
     for fold in folds:
         start, size = fold.rows[0], fold.channels
         if fold.kind != "linear" or start <= size:
