@@ -255,6 +255,25 @@ def test_a_rounded_norm_leaves_the_rest_of_its_scale_to_the_readers() -> None:
         assert float((run_block(block, 0).output - plain).norm() / plain.norm()) < 1e-6
 
 
+def test_a_channel_that_would_overflow_keeps_a_scale_of_one() -> None:
+    model, batches = lively("llama")
+    with second(model, batches) as block:
+        norm, value = (f for f in find_folds(block)[0] if f.name.endswith(("input_layernorm", "v_proj")))
+        with torch.no_grad():
+            norm.module.weight[3], norm.module.weight[4] = 1.0, 0.1
+            value.module.weight[3] = 0.01
+            value.module.weight[4, 7] = -3.0
+        plain = run_block(block, 0).output
+        for fold, over, fits in ((norm, 3, 4), (value, 4, 3)):
+            scale = torch.full((fold.channels,), 0.5)
+            scale[[3, 4]] = 1e-5
+            exact = fold.apply(scale, torch.float16)
+            assert exact[over] == 1
+            torch.testing.assert_close(exact[[0, fits]], scale[[0, fits]], rtol=1e-3, atol=0)
+            assert all(bool(p.half().isfinite().all()) for p in fold.module.parameters())
+        assert float((run_block(block, 0).output - plain).norm() / plain.norm()) < 1e-5
+
+
 def test_around_is_the_smallest_module_and_leaves_padding_out() -> None:
     model, batches = lively("llama")
     with second(model, batches) as block:

@@ -41,7 +41,7 @@ from weft.quantize.clip import output_clip
 from weft.quantize.folding import Fold, folds_of
 from weft.quantize.gptq import GPTQ, Factor, gptq_codes, gptq_factor
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
-from weft.quantize.probe import Around, edited, in_float32, matrix_of
+from weft.quantize.probe import Around, dtype_of, edited, in_float32, matrix_of
 from weft.quantize.rtn import RTN
 from weft.quantize.scores import score_layers
 
@@ -94,8 +94,7 @@ class AWQ(Grid, Change):
                 found = awq_search(task, fold, self)
                 if found is None:
                     continue
-                dtype = dtypes.get(id(getattr(fold.module, "weight", None)), torch.float32)
-                found = fold.apply(found, dtype)
+                found = fold.apply(found, dtype_of(fold.module, dtypes))
                 scales |= {r.name: found[r.source] for r in fold.readers}
             weights = {name: task.weight(name) for name in task.layers}
         last: dict[tuple[str, bool], Factor] = {}  # layers with equal inputs follow one another

@@ -98,11 +98,16 @@ class Fold:
 
         Args:
             scale: (channels,), positive.
-            dtype: that a norm's weight will be rounded to; its readers are multiplied by what is left of the scale then.
+            dtype: that the producer will be rounded to. A norm's readers are multiplied by what is left of the scale then;
+                a channel that would overflow keeps a scale of one.
 
         Returns:
             The scales (channels,) that readers were multiplied by.
         """
+        fits = torch.ones_like(scale, dtype=torch.bool)
+        for _, new in self.divided(scale):
+            fits &= new.reshape(self.channels, -1).abs().amax(1) <= torch.finfo(dtype).max
+        scale = torch.where(fits, scale, 1.0)
         edits = self.divided(scale)
         if self.kind != "linear" and dtype != torch.float32:
             one = float(self.kind == "offset")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from weft.calibrate import Block
 from weft.calibrate.activations import nested_map
+from weft.calibrate.experts import Slice
 from weft.calibrate.forward import hidden_of
 from weft.calibrate.watch_block import mask_in
 from weft.errors import RecipeError
@@ -54,6 +55,12 @@ def in_float32(block: Block) -> Iterator[dict[int, torch.dtype]]:
         for parameter in narrow:
             parameter.data = parameter.data.to(kept[id(parameter)])
         _renew(block)
+
+
+def dtype_of(module: Any, kept: dict[int, torch.dtype]) -> torch.dtype:
+    """The type that a module's weight had (:func:`in_float32`)."""
+    parameter = getattr(module.experts, module.part) if isinstance(module, Slice) else module.weight
+    return kept.get(id(parameter), torch.float32)
 
 
 def _renew(block: Block) -> None:

@@ -35,7 +35,7 @@ from weft.packed import Activations
 from weft.packed.forms import quantize_inputs
 from weft.quantize.folding import Fold, Reader, folds_of
 from weft.quantize.grid import fake_quantize, fit_grid
-from weft.quantize.probe import Around, edited, in_float32, matrix_of
+from weft.quantize.probe import Around, dtype_of, edited, in_float32, matrix_of
 from weft.quantize.w8a8 import INT8, W8A8, with_inputs
 
 FOLDS = ("norms", "all")
@@ -84,7 +84,7 @@ class SmoothQuant(W8A8):
                 scale = self._chosen(task, fold)
                 if scale is None:
                     continue
-                scale = fold.apply(scale, dtypes.get(id(getattr(fold.module, "weight", None)), torch.float32))
+                scale = fold.apply(scale, dtype_of(fold.module, dtypes))
                 divided |= {r.name: scale[r.source] for r in fold.readers}
             weights = {name: task.weight(name) for name in task.layers}
         for name, weight in weights.items():
