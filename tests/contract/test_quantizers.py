@@ -16,7 +16,7 @@ NUMBER_OF_CHECKS = 18
 ROWS = {name: row for name, row in methods().items() if isinstance(row, QuantizeMethod)}
 # Quantising again moves what these gave; each row says why.
 REFIT = {
-    "adaround", "flexround", "fp4", "gptq", "gradient-ptq", "hqq", "lrq", "nf4", "nupes", "powerquant", "signround", "zeroquant-fp",
+    "adaround", "awq", "flexround", "fp4", "gptq", "gradient-ptq", "hqq", "lrq", "nf4", "nupes", "powerquant", "signround", "zeroquant-fp",
 }  # fmt: skip
 
 # What the mathematics forbids these; each row says why.
@@ -32,7 +32,7 @@ FORBIDDEN = {
 
 
 def test_rows() -> None:
-    assert set(ROWS) == {*REFIT, *FORBIDDEN, "fp8", "rtn"}
+    assert set(ROWS) == {*REFIT, *FORBIDDEN, "adadim", "fp8", "rtn", "smoothquant", "w8a8"}
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))

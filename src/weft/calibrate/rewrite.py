@@ -247,7 +247,8 @@ def change_block(
         statistics = _statistics_of(block, kinds, needed)
     tasks = []
     for selector, layers in mine.items():
-        task = BlockTask(block, layers, statistics, seed, skip_errors, rounding)
+        others = frozenset(n for other, names in mine.items() if other is not selector for n in names)
+        task = BlockTask(block, layers, statistics, seed, skip_errors, rounding, others)
         changes[selector].change_block(task)
         tasks.append(task)
     return tasks

@@ -10,6 +10,16 @@ memory, :func:`quantize_model` writes a quantised copy of one on disk, :func:`lo
 from weft.quantize.evaluate import evaluate
 from weft.quantize.flexround import FlexRound, FlexRounding
 from weft.quantize.floating_point import FloatingPoint, float_codes, float_scales
+groups, scales, zero points) are in :mod:`weft.quantize.grid`. :mod:`weft.quantize.gptq` is the method to take where there is
+calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. :mod:`weft.quantize.awq` and
+:mod:`weft.quantize.smoothquant` scale channels first, with the inverse folded into the layer before
+(:mod:`weft.quantize.folding`). :func:`quantize_model` writes a quantised copy of a model.
+"""
+
+from weft.quantize.adadim import AdaDim, adadim_codes, gptq_by_outputs
+from weft.quantize.awq import AWQ, awq_scales, weight_share
+from weft.quantize.clip import output_clip
+from weft.quantize.folding import Fold, find_folds
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.gradient_ptq import GradientPTQ, Rounding, importance
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
@@ -29,8 +39,12 @@ from weft.quantize.soft import Descent, Soft, descend
 from weft.quantize.vptq import VPTQ, VectorQuantization, vptq_codes
 from weft.quantize.vq4dit import VQ4DiT
 from weft.quantize.zeroquant_fp import ZeroQuantFP, zeroquant_codes
+from weft.quantize.run import quantize_model
+from weft.quantize.smoothquant import SmoothQuant, smooth_scales
+from weft.quantize.w8a8 import W8A8
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "HQQ",
     "JLCM",
@@ -56,10 +70,19 @@ __all__ = [
     "VectorQuantization",
     "ZeroQuantFP",
     "binary_coding",
+    "W8A8",
+    "AdaDim",
+    "Codebook",
+    "Fold",
+    "Grid",
+    "SmoothQuant",
+    "adadim_codes",
+    "awq_scales",
     "codebook_codes",
     "descend",
     "evaluate",
     "fake_quantize",
+    "find_folds",
     "fit_grid",
     "float_codes",
     "float_scales",
@@ -73,6 +96,11 @@ __all__ = [
     "low_rank_patch",
     "power_codes",
     "power_exponent",
+    "gptq_by_outputs",
+    "gptq_codes",
+    "gptq_factor",
+    "hqq_codes",
+    "output_clip",
     "quantize",
     "quantize_",
     "quantize_model",
@@ -83,4 +111,6 @@ __all__ = [
     "shiftadd_sensitivity",
     "vptq_codes",
     "zeroquant_codes",
+    "smooth_scales",
+    "weight_share",
 ]

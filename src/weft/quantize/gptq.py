@@ -92,7 +92,7 @@ class GPTQ(Grid, Change):
 
     def without_data(self) -> RTN:
         """Rounding to nearest on the same grid."""
-        return RTN(self.bits, self.group_size, self.kind, self.scale_dtype)
+        return RTN(self.bits, self.group_size, self.kind, self.scale_dtype, self.ranges)
 
     def scratch(self, rows: int, columns: int) -> float:
         """A factorisation in float64, then its result beside what every change takes."""
@@ -243,7 +243,12 @@ def _inverse(lower: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None) -> Rounded:
+def gptq_codes(
+    weight: Tensor,
+    gram: Tensor | Factor,
+    config: GPTQ | None = None,
+    fitted: tuple[Tensor, Tensor] | None = None,
+) -> Rounded:
     """Weights on a grid, with errors made up for by later columns.
 
     Args:
@@ -251,6 +256,7 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
         gram: (in, in), Σ xᵀx of the layer's inputs, or its :func:`gptq_factor`. For a convolution with groups
             (groups, in, in), one matrix for each run of out / groups rows.
         config: bits, groups, order; the defaults if None.
+        fitted: scales and zero points, two of (out, groups), for static groups; those that hold all weights if None.
 
     Returns:
         Codes, the loss and notes.
@@ -269,9 +275,12 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
     if isinstance(gram, Tensor) and gram.dim() == 3:
         if not len(gram) or weight.dim() != 2 or len(weight) % len(gram):
             raise RecipeError(f"{list(weight.shape)} has no rows for each of {len(gram)} Gram matrices.")
-        return _joined([gptq_codes(w, g, config) for w, g in zip(weight.chunk(len(gram)), gram)], config)
+        grids = [None] * len(gram) if fitted is None else list(zip(*(v.chunk(len(gram)) for v in fitted)))
+        parts = zip(weight.chunk(len(gram)), gram, grids)
+        return _joined([gptq_codes(w, g, config, f) for w, g, f in parts], config)
     weight = weight.detach()
     scale, zero = fit_grid(weight, config)  # which checks the weight
+    scale, zero = fitted or (scale, zero)
     held = gptq_factor(gram, config) if isinstance(gram, Tensor) else gram
     if len(held.order) != weight.shape[1]:
         raise RecipeError(
