@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {  # how many snippets there are at least
-    "adapters.md": 2, "calibrate.md": 4, "init.md": 6, "merging.md": 1, "normalize.md": 4, "quantize.md": 4, "symmetry.md": 4,
+    "adapters.md": 2, "calibrate.md": 4, "init.md": 6, "merging.md": 1, "normalize.md": 4, "quantize.md": 6, "symmetry.md": 4,
 }  # fmt: skip
 
 
@@ -47,3 +47,12 @@ def test_the_page_on_norms_shows_the_committed_measurements() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.table(json.loads(module.RESULTS.read_text())) in (DOCS / "normalize.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_quantising_shows_the_committed_measurements() -> None:
+    spec = importlib.util.spec_from_file_location("quantized_linear", ROOT / "benchmarks" / "quantized_linear.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table(json.loads(module.RESULTS.read_text())) in (DOCS / "quantize.md").read_text(encoding="utf-8")

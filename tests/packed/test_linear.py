@@ -373,6 +373,8 @@ def test_layers_compile_whole() -> None:
         assert torch.equal(compiled(tokens), net(tokens))
     assert compiled._orig_mod.first._ready
     assert compiled._orig_mod.second._ready
+    exported = torch.export.export(copy.deepcopy(net), (torch.arange(3),)).module()  # which unpacks: it sees no values
+    assert relative(exported(torch.arange(3)), net(torch.arange(3)).double()) < 4 * BFLOAT16  # two layers, two ways
     x = torch.randn(3, 64, requires_grad=True)
     layer: Any = torch.compile(net.first, fullgraph=True, backend="aot_eager")
     layer(x).sum().backward()
@@ -384,9 +386,9 @@ def test_operators_are_well_formed() -> None:
     layer = QuantizedLinear.from_packed(affine(32, 64), backend="int4")
     layer(torch.randn(2, 64))
     x = torch.randn(2, 64, requires_grad=True)
-    arguments = (x, list(layer.tensors().values()), layer._ready, layer._facts)
+    arguments = (x, list(layer.tensors().values()), layer._ready, layer._chosen()[1])
     torch.library.opcheck(products.packed_linear, arguments)
-    rows = (torch.tensor([1, 2]), list(layer.tensors().values()), torch.float32, layer._facts)
+    rows = (torch.tensor([1, 2]), list(layer.tensors().values()), torch.float32, layer._chosen()[1])
     torch.library.opcheck(products.packed_rows, rows)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -35,7 +35,7 @@ from weft.packed.forms import quantize_inputs
 from weft.packed.rows import dequantize, inside, some_rows
 
 WAYS = ("auto", "dequantize", "int4", "int8", "integer", "triton")
-LARGEST = {"int4": 48, "int8": 32}  # rows of inputs up to which a way beats the reference
+LARGEST = {"int4": 48, "int8": 24}  # rows of inputs up to which a way beats the reference
 LARGEST_ON_GPU = 64  # beyond, a product is bound by arithmetic, and a dense one is faster
 BLOCK = 1 << 20  # weights that are unpacked at once: they stay in a cache
 BLOCK_ON_GPU = 1 << 25
@@ -214,8 +214,8 @@ def _times(
     if len(blocks) == 1:
         return functional.linear(x, dequantize(tensors, settings).to(x.dtype))
     y = x.new_empty(len(x), blocks[-1].stop)
-    for rows in blocks:
-        y[:, rows] = functional.linear(x, dequantize(tensors, settings, rows).to(x.dtype))
+    for rows, weight in _unpacked(tensors, settings, blocks, x):
+        y[:, rows] = functional.linear(x, weight)
     return y
 
 
@@ -231,11 +231,24 @@ def _back(gradient: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str
     if len(blocks) == 1:
         return gradient @ dequantize(tensors, settings).to(gradient.dtype)
     total: Any = 0
-    for rows in blocks:  # added up in at least float32
-        part = gradient[:, rows] @ dequantize(tensors, settings, rows).to(gradient.dtype)
+    for rows, weight in _unpacked(tensors, settings, blocks, gradient):  # added up in at least float32
+        part = gradient[:, rows] @ weight
         total = total + part.to(torch.promote_types(part.dtype, torch.float32))
     assert isinstance(total, Tensor)
     return total
+
+
+def _unpacked(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], blocks: list[slice], x: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the matrix in the type of ``x``, each block in the memory of the one before it: fresh memory costs more."""
+    shape = (blocks[0].stop, int(settings["columns"]))
+    room = torch.empty(shape, device=x.device)
+    narrow = room if x.dtype == room.dtype else x.new_empty(shape)
+    for rows in blocks:
+        count = rows.stop - rows.start
+        made = dequantize(tensors, settings, rows, room[:count])
+        yield rows, made if made.dtype == x.dtype else narrow[:count].copy_(made)
 
 
 def _blocks(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor) -> list[slice]:
