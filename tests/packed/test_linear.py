@@ -222,6 +222,20 @@ def test_large_matrices_are_multiplied_in_blocks(monkeypatch: pytest.MonkeyPatch
         assert relative(x.grad, torch.ones(4, 33).double() @ packed.dequantize().double()) < FLOAT32, name
 
 
+def test_the_copy_of_the_codes_is_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = {
+        "int4": affine(600, 96, 3, kind="real"), "int8": affine(600, 33, bits=8, kind="symmetric"),
+        "integer": Activations(affine(600, 33, bits=8), "int8"),
+    }  # fmt: skip
+    for way, packed in several.items():
+        tensors, settings = packed.tensors(), packed.settings()
+        monkeypatch.setattr(products, "REPACKED", 1 << 24)
+        whole = products.prepare(way, tensors, settings, packed.shape)
+        monkeypatch.setattr(products, "REPACKED", 1)
+        for one, other in zip(whole, products.prepare(way, tensors, settings, packed.shape), strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_some_rows_are_those_of_the_matrix(form: str) -> None:
     packed = forms(33, 48)[form]
