@@ -91,6 +91,17 @@ def _summary(times: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+def table(results: dict[str, Any], out: int = 4096, inputs: int = 4096) -> str:
+    """The rows of one shape as a table in Markdown."""
+    rows = [r for r in results["rows"] if (r["out"], r["in"]) == (out, inputs)]
+    names = [n for n in rows[0]["milliseconds"] if n != "int4 auto"]
+    lines = ["| rows of x | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        cells = [f"{row['milliseconds'][n]['median']:.2f} ({row['against_dense'][n]:.2f})" for n in names]
+        lines.append(f"| {row['batch']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)

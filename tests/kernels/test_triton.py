@@ -21,7 +21,7 @@ from weft.packed import Affine, Lookup
 assert triton_ready()
 torch.manual_seed(0)
 shapes = ((1, 1, 1), (20, 256, 2), (70, 130, 2))
-for bits, (rows, columns, groups), batch in itertools.product((2, 3, 4), shapes, (1, 3, 17)):
+for bits, (rows, columns, groups), batch in itertools.product((3, 4), shapes, (1, 3, 17)):
     for whole in (True, False):
         zero = torch.randint(0, 1 << bits, (rows, groups)).float() + (0 if whole else 0.25)
         packed = Affine(torch.randint(0, 1 << bits, (rows, columns)).short(), torch.rand(rows, groups) + 0.1, zero, bits, 0)

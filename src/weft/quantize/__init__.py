@@ -7,18 +7,12 @@ train what is rounded on the outputs of blocks share :mod:`weft.quantize.reconst
 memory, :func:`quantize_model` writes a quantised copy of one on disk, :func:`load_quantized` runs it on its packed weights.
 """
 
-from weft.quantize.evaluate import evaluate
-from weft.quantize.flexround import FlexRound, FlexRounding
-from weft.quantize.floating_point import FloatingPoint, float_codes, float_scales
-groups, scales, zero points) are in :mod:`weft.quantize.grid`. :mod:`weft.quantize.gptq` is the method to take where there is
-calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. :mod:`weft.quantize.awq` and
-:mod:`weft.quantize.smoothquant` scale channels first, with the inverse folded into the layer before
-(:mod:`weft.quantize.folding`). :func:`quantize_model` writes a quantised copy of a model.
-"""
-
 from weft.quantize.adadim import AdaDim, adadim_codes, gptq_by_outputs
 from weft.quantize.awq import AWQ, awq_scales, weight_share
 from weft.quantize.clip import output_clip
+from weft.quantize.evaluate import evaluate
+from weft.quantize.flexround import FlexRound, FlexRounding
+from weft.quantize.floating_point import FloatingPoint, float_codes, float_scales
 from weft.quantize.folding import Fold, find_folds
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.gradient_ptq import GradientPTQ, Rounding, importance
@@ -35,13 +29,12 @@ from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_, quantize_model
 from weft.quantize.shiftadd import ShiftAdd, binary_coding, lookup_product, shiftadd_codes, shiftadd_sensitivity
 from weft.quantize.signround import SignRound, SignRounding
+from weft.quantize.smoothquant import SmoothQuant, smooth_scales
 from weft.quantize.soft import Descent, Soft, descend
 from weft.quantize.vptq import VPTQ, VectorQuantization, vptq_codes
 from weft.quantize.vq4dit import VQ4DiT
-from weft.quantize.zeroquant_fp import ZeroQuantFP, zeroquant_codes
-from weft.quantize.run import quantize_model
-from weft.quantize.smoothquant import SmoothQuant, smooth_scales
 from weft.quantize.w8a8 import W8A8
+from weft.quantize.zeroquant_fp import ZeroQuantFP, zeroquant_codes
 
 __all__ = [
     "AWQ",
@@ -51,11 +44,14 @@ __all__ = [
     "NUPES",
     "RTN",
     "VPTQ",
+    "W8A8",
+    "AdaDim",
     "Codebook",
     "Descent",
     "FlexRound",
     "FlexRounding",
     "FloatingPoint",
+    "Fold",
     "GradientPTQ",
     "Grid",
     "PowerCodes",
@@ -65,19 +61,14 @@ __all__ = [
     "ShiftAdd",
     "SignRound",
     "SignRounding",
+    "SmoothQuant",
     "Soft",
     "VQ4DiT",
     "VectorQuantization",
     "ZeroQuantFP",
-    "binary_coding",
-    "W8A8",
-    "AdaDim",
-    "Codebook",
-    "Fold",
-    "Grid",
-    "SmoothQuant",
     "adadim_codes",
     "awq_scales",
+    "binary_coding",
     "codebook_codes",
     "descend",
     "evaluate",
@@ -86,6 +77,7 @@ __all__ = [
     "fit_grid",
     "float_codes",
     "float_scales",
+    "gptq_by_outputs",
     "gptq_codes",
     "gptq_factor",
     "hqq_codes",
@@ -94,13 +86,9 @@ __all__ = [
     "load_quantized",
     "lookup_product",
     "low_rank_patch",
+    "output_clip",
     "power_codes",
     "power_exponent",
-    "gptq_by_outputs",
-    "gptq_codes",
-    "gptq_factor",
-    "hqq_codes",
-    "output_clip",
     "quantize",
     "quantize_",
     "quantize_model",
@@ -109,8 +97,8 @@ __all__ = [
     "round_to_nearest",
     "shiftadd_codes",
     "shiftadd_sensitivity",
-    "vptq_codes",
-    "zeroquant_codes",
     "smooth_scales",
+    "vptq_codes",
     "weight_share",
+    "zeroquant_codes",
 ]
