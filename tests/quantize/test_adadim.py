@@ -185,7 +185,7 @@ def test_models_on_disk(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     for rounding in ("nearest", "gptq"):
         config = AdaDim(8, 8, rounding=rounding)
-        out = quantize_model(tmp_path / "model", tmp_path / rounding, config, batches)
+        out = quantize_model(tmp_path / "model", tmp_path / rounding, config, batches, format="dense")
         report = json.loads((out / "weft.json").read_text())["layers"]
         assert all(v["losses"][v["axis"]] == min(v["losses"].values()) for v in report.values() if "axis" in v)
         assert "outputs" in {v.get("axis") for v in report.values()}

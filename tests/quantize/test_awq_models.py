@@ -27,7 +27,7 @@ def test_models_on_disk(name: str, tmp_path: Path) -> None:
     model, batches = build(name)
     model.save_pretrained(tmp_path / "model")
     config = AWQ(bits=4, group_size=8, points=2)
-    out = quantize_model(tmp_path / "model", tmp_path / "out", config, batches, check=False)
+    out = quantize_model(tmp_path / "model", tmp_path / "out", config, batches, check=False, format="dense")
     report = json.loads((out / "weft.json").read_text())
     scaled = {n for n, notes in report["layers"].items() if "scaled_by" in notes}
     assert len(scaled) >= (1 if "bert" in name else 2)
@@ -50,7 +50,7 @@ def test_layers_of_other_configurations_are_left_alone(tmp_path: Path) -> None:
     model, batches = build("llama")
     model.save_pretrained(tmp_path / "model")
     config = {"*": AWQ(3, 8, points=4), "*.v_proj": RTN(8, 8), "*.up_proj": RTN(8, 8)}
-    out = quantize_model(tmp_path / "model", tmp_path / "out", config, batches)
+    out = quantize_model(tmp_path / "model", tmp_path / "out", config, batches, format="dense")
     report = json.loads((out / "weft.json").read_text())["layers"]
     assert any("another configuration has" in why for why in report["model.layers.0"]["not_folded"])
     reread = type(model).from_pretrained(out)
@@ -113,7 +113,10 @@ def test_a_trained_llama_loses_less_than_by_rounding_to_nearest(tmp_path: Path) 
         "awq": AWQ(3, 32, points=8),
         "gptq": AWQ(3, 32, rounding="gptq", points=8),
     }
-    found = {n: divergence(quantize_model(tmp_path / "model", tmp_path / n, c, batches)) for n, c in configs.items()}
+    found = {
+        n: divergence(quantize_model(tmp_path / "model", tmp_path / n, c, batches, format="dense"))
+        for n, c in configs.items()
+    }
     print(found)
     assert found["scales"] < 0.9 * found["rtn"]
     assert found["awq"] < 0.85 * found["rtn"]
@@ -140,7 +143,7 @@ def test_minilm_is_clipped_and_its_values_are_scaled(tmp_path: Path) -> None:
         return (which(**held).last_hidden_state * mask).sum(1) / mask.sum(1)
 
     def distance(config: Any, name: str) -> float:
-        out = quantize_model(source, tmp_path / name, config, batches, where="*layer.[0-1].*")
+        out = quantize_model(source, tmp_path / name, config, batches, where="*layer.[0-1].*", format="dense")
         other = AutoModel.from_pretrained(out).eval()
         return float(1 - torch.cosine_similarity(embedded(model), embedded(other)).mean())
 

@@ -29,7 +29,7 @@ CONFIGS = [
 def test_a_model_on_disk(name: str, config: Any, tmp_path: Path) -> None:
     model, batches = build(name)
     model.save_pretrained(tmp_path / "model")
-    made = quantize_model(tmp_path / "model", tmp_path / "out", config, batches)
+    made = quantize_model(tmp_path / "model", tmp_path / "out", config, batches, format="dense")
     reread = type(model).from_pretrained(made).eval()
     layers = json.loads((made / "weft.json").read_text())["layers"]
     weights = {n: e for n, e in layers.items() if "bits" in e}
@@ -59,9 +59,9 @@ def test_layers_with_equal_inputs_share_a_factor(tmp_path: Path, monkeypatch: py
     path = next(n for n in statistics.layers if "0." in n and n.endswith("k_proj"))
     seen, gram = model.get_submodule(path).weight.detach(), statistics.gram(path)
     vectors, signs = VPTQ(length=2, entries=2, overhead=1e9), ShiftAdd(bits=2)
-    first = quantize_model(tmp_path / "model", tmp_path / "vectors", vectors, batches)
+    first = quantize_model(tmp_path / "model", tmp_path / "vectors", vectors, batches, format="dense")
     assert len(counted) == 3 * 4  # query, key and value; output; gate and up; down
-    second = quantize_model(tmp_path / "model", tmp_path / "signs", signs, batches)
+    second = quantize_model(tmp_path / "model", tmp_path / "signs", signs, batches, format="dense")
     assert len(counted) == 2 * 3 * 4
     entry = json.loads((first / "weft.json").read_text())["layers"][path]
     new = type(model).from_pretrained(first).get_submodule(path).weight.detach()

@@ -236,7 +236,7 @@ def test_biases_are_trained_and_written(tmp_path: Path) -> None:
     model, batches = build("gpt2")
     model.save_pretrained(tmp_path / "model")
     config = GradientPTQ(3, 8, steps=16, variable="straight-through", optimizer="sign", biases=True, scales=True)
-    out = quantize_model(tmp_path / "model", tmp_path / "out", config, batches)
+    out = quantize_model(tmp_path / "model", tmp_path / "out", config, batches, format="dense")
     report = json.loads((out / "weft.json").read_text())
     losses = {(v["block_loss_before"], v["block_loss"]) for v in report["layers"].values()}
     assert len(losses) == 3
@@ -250,7 +250,7 @@ def test_biases_are_trained_and_written(tmp_path: Path) -> None:
 def test_models_on_disk(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, batches = build(name, dtype)
     model.save_pretrained(tmp_path / "model")
-    out = quantize_model(tmp_path / "model", tmp_path / "out", SignRound(4, 8, steps=4), batches)
+    out = quantize_model(tmp_path / "model", tmp_path / "out", SignRound(4, 8, steps=4), batches, format="dense")
     reread = type(model).from_pretrained(out).eval()
     with torch.no_grad():
         a, b = model(**batches[0])[0].float(), reread(**batches[0])[0].float()
@@ -288,8 +288,8 @@ def test_held_out_text_on_a_small_llama_that_was_trained(tmp_path: Path) -> None
     batches = [{"input_ids": train[i : i + 16]} for i in range(0, 64, 16)]
     from weft.quantize import RTN
 
-    quantize_model(tmp_path / "model", tmp_path / "rtn", RTN(2, 0), None)
-    quantize_model(tmp_path / "model", tmp_path / "sign", SignRound(2, 0, steps=60), batches)
+    quantize_model(tmp_path / "model", tmp_path / "rtn", RTN(2, 0), None, format="dense")
+    quantize_model(tmp_path / "model", tmp_path / "sign", SignRound(2, 0, steps=60), batches, format="dense")
     original, nearest, found = (loss(tmp_path / name) for name in ("model", "rtn", "sign"))
     assert original < nearest
     assert found - original < 0.7 * (nearest - original), (original, nearest, found)

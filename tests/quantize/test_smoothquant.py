@@ -165,7 +165,7 @@ def test_one_layer() -> None:
 def test_models_on_disk(name: str, tmp_path: Path) -> None:
     model, batches = build(name)
     model.save_pretrained(tmp_path / "model")
-    out = quantize_model(tmp_path / "model", tmp_path / "out", SmoothQuant(static=True), batches)
+    out = quantize_model(tmp_path / "model", tmp_path / "out", SmoothQuant(static=True), batches, format="dense")
     report = json.loads((out / "weft.json").read_text())["layers"]
     assert any("scaled_by" in v for v in report.values()) == (name != "bert")
     assert {v["form"] for v in report.values() if "form" in v} == {"activations"}
