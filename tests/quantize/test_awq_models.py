@@ -51,7 +51,7 @@ def test_layers_of_other_configurations_are_left_alone(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     config = {"*": AWQ(3, 8, points=4), "*.v_proj": RTN(8, 8), "*.up_proj": RTN(8, 8)}
     out = quantize_model(tmp_path / "model", tmp_path / "out", config, batches, format="dense")
-    report = json.loads((out / "weft.json").read_text())["layers"]
+    report = json.loads((out / "weft.json").read_text())["blocks"]
     assert any("another configuration has" in why for why in report["model.layers.0"]["not_folded"])
     reread = type(model).from_pretrained(out)
     for before, after in zip(model.model.layers, reread.model.layers):
@@ -150,7 +150,8 @@ def test_minilm_is_clipped_and_its_values_are_scaled(tmp_path: Path) -> None:
     plain, awq = distance(RTN(3, 64), "rtn"), distance(AWQ(3, 64, points=5), "awq")
     print(plain, awq)
     assert awq < 0.8 * plain
-    report = json.loads((tmp_path / "awq" / "weft.json").read_text())["layers"]
-    scaled = {n.split("layer.0.")[1]: v["scaled_by"] for n, v in report.items() if "layer.0." in n and "scaled_by" in v}
+    report = json.loads((tmp_path / "awq" / "weft.json").read_text())
+    layers = report["layers"].items()
+    scaled = {n.split("layer.0.")[1]: v["scaled_by"] for n, v in layers if "layer.0." in n and "scaled_by" in v}
     assert scaled == {"attention.output.dense": "encoder.layer.0.attention.self.value"}
-    assert "attention.output.LayerNorm: more than dense" in report["encoder.layer.0"]["not_folded"][0]
+    assert "attention.output.LayerNorm: more than dense" in report["blocks"]["encoder.layer.0"]["not_folded"][0]

@@ -125,6 +125,8 @@ def test_the_layers_score_is_the_share_of_its_output_that_changed() -> None:
     for bad in (torch.eye(11), torch.zeros(5, 64, 64), torch.ones(64)):
         with pytest.raises(RecipeError, match="Gram"):
             reconstruct_layer(weight, bad, soft, Descent(1))
+    with pytest.raises(RecipeError, match="NaN"):
+        reconstruct_layer(weight, torch.full((64, 64), float("nan")), soft, Descent(1))
 
 
 def walked(name: str, dtype: torch.dtype = torch.float32) -> Any:

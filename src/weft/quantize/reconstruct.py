@@ -47,7 +47,7 @@ def reconstruct_layer(weight: Tensor, gram: Tensor, soft: Soft, descent: Descent
         The scores of the start and of the end: tr(Δ G Δᵀ) / tr(W G Wᵀ), or 0 where the latter is.
 
     Raises:
-        RecipeError: shapes do not fit.
+        RecipeError: shapes do not fit, or the Gram matrix is not finite.
 
     >>> from weft.quantize import FlexRounding
     >>> generator = torch.Generator().manual_seed(0)
@@ -59,6 +59,11 @@ def reconstruct_layer(weight: Tensor, gram: Tensor, soft: Soft, descent: Descent
     stack = gram.detach() if gram.dim() == 3 else gram.detach().unsqueeze(0)
     if weight.dim() != 2 or stack.dim() != 3 or stack.shape[1:] != 2 * weight.shape[1:] or len(weight) % len(stack):
         raise RecipeError(f"A layer {list(weight.shape)} needs a Gram matrix of its inputs, got {list(gram.shape)}.")
+    if not stack.isfinite().all():
+        raise RecipeError(
+            "The Gram matrix of a layer's inputs holds NaN or infinite values. The data or the statistics are damaged; gather "
+            "them again."
+        )
     mean = stack.diagonal(dim1=1, dim2=2).double().mean().clamp(min=torch.finfo(torch.float64).tiny)
     g = (stack / mean).float()
     original = weight.detach().float()
