@@ -15,7 +15,7 @@ import weft
 from weft.adapt import EVA, Bone, LoRA, load_adapter_, merge_, remove_, save_adapter, switched, unmerge_
 from weft.errors import RecipeError
 from weft.normalize import WeightStandardization
-from weft.packed import Affine, QuantizedLinear, replace_
+from weft.packed import Affine, QuantizedExperts, QuantizedLinear, replace_
 
 
 def affine(out: int, columns: int, seed: int) -> Affine:
@@ -127,6 +127,21 @@ def test_other_functions_and_data() -> None:
     for model in (packed, dense):
         weft.adapt_(model, EVA(rank=2), data=data)
     torch.testing.assert_close(packed(x), dense(x))
+
+
+def test_experts_are_adapted_where_they_are_named() -> None:
+    experts = QuantizedExperts([affine(32, 64, i) for i in range(3)])
+    model = nn.ModuleDict({"experts": experts, "other": QuantizedLinear.from_packed(affine(32, 64, 9))})
+    assert list(weft.adapt_(model, LoRA(rank=2)).touched) == ["other.weight"]
+    assert len(weft.adapt_(model, LoRA(rank=2), where="experts.*", name="experts").touched) == 3
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.add_(0.1)
+    change = 8.0 * experts.layers[1].parametrizations.weight[0].change(torch.zeros(32, 64))
+    wanted = affine(32, 64, 1).dequantize() + change
+    torch.testing.assert_close(nn.functional.linear(x, experts[1]), x @ wanted.T)
+    torch.testing.assert_close(experts[1].dense(), wanted)
 
 
 def test_what_cannot_be_is_said() -> None:

@@ -110,6 +110,7 @@ class QuantizedLinear(_Holder):
     """
 
     packed_linear = True  # how weft.function tells it from others without importing this module
+    of_experts = False
 
     def __init__(
         self,
