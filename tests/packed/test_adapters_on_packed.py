@@ -102,6 +102,23 @@ def test_switching_merging_and_removing() -> None:
     assert torch.equal(packed(x), plain(x))
 
 
+@pytest.mark.parametrize("config", [LoRA(rank=2), LoRA(rank=2, start="pissa"), WeightStandardization()], ids=str)
+def test_inputs_rule_the_type(config: Any) -> None:
+    packed, _ = models()
+    weft.parametrize_(packed, config)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        model = copy.deepcopy(packed).to(dtype)
+        x = torch.randn(3, 64, dtype=dtype, requires_grad=True)
+        made = model(x)
+        made.sum().backward()
+        assert made.dtype == dtype
+        torch.testing.assert_close(made.float(), packed(x.float()), rtol=0.1, atol=0.1)
+    if isinstance(config, LoRA):
+        merge_(packed.eval())
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(packed.bfloat16()(x.bfloat16()).float(), packed(x), rtol=0.1, atol=0.1)
+
+
 def test_folders_of_dense_and_packed_models_are_one(tmp_path: Path) -> None:
     packed, dense = (nn.ModuleDict({"net": m}) for m in both(LoRA(rank=2)))
     x = torch.randn(3, 64)
