@@ -133,6 +133,28 @@ def test_folders_of_dense_and_packed_models_are_one(tmp_path: Path) -> None:
     torch.testing.assert_close(again["net"](x), packed["net"](x))
 
 
+def test_folders_say_which_layers_store_their_matrix_transposed(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=40, bos_token_id=0, eos_token_id=0)
+    dense = transformers.GPT2LMHeadModel(config).eval()
+    packed = {f"transformer.h.0.attn.{n}": affine(out, 32, 0) for n, out in (("c_attn", 96), ("c_proj", 32))}
+    model = replace_(copy.deepcopy(dense), packed)
+    with torch.no_grad():
+        for name, one in packed.items():
+            dense.get_submodule(name).weight.copy_(one.dequantize().T)
+    found = []
+    for one in (dense, model):
+        torch.manual_seed(0)
+        weft.adapt_(one, LoRA(rank=2), where="c_attn")
+        folder = tmp_path / str(len(found))
+        assert save_adapter(one, folder).form == "peft"
+        found.append(tuple((folder / n).read_bytes() for n in ("adapter_config.json", "adapter_model.safetensors")))
+    assert found[0] == found[1]
+    assert b'"fan_in_fan_out": true' in found[0][0]
+    tokens = torch.randint(40, (1, 6))
+    torch.testing.assert_close(model(tokens).logits, dense(tokens).logits)
+
+
 def test_other_functions_and_data() -> None:
     packed, dense = models()
     for model in (packed, dense):
