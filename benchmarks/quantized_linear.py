@@ -128,7 +128,8 @@ def main() -> None:
         "threads": torch.get_num_threads(), "torch": torch.__version__, "load": round(os.getloadavg()[0], 2),
         "clock": "processor" if options.busy else "wall",
     }  # fmt: skip
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    lines = ",\n ".join(json.dumps(row) for row in rows)
+    RESULTS.write_text(f'{{"machine": {json.dumps(machine)},\n "rows": [\n {lines}\n]}}\n')
 
 
 if __name__ == "__main__":

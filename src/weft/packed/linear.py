@@ -110,6 +110,7 @@ class QuantizedLinear(_Holder):
     """
 
     packed_linear = True  # how weft.function tells it from others without importing this module
+    of_experts = False
 
     def __init__(
         self,
@@ -225,6 +226,8 @@ class QuantizedLinear(_Holder):
         """x (…, in) -> (…, out) without the bias."""
         if x.shape[-1] != self.in_features:
             raise RecipeError(f"Inputs have {self.in_features} columns here, got {list(x.shape)}.")
+        if not x.is_floating_point():
+            raise RecipeError(f"Inputs are of a floating-point type, got {x.dtype}.")
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))

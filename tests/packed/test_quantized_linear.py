@@ -329,6 +329,8 @@ def test_special_inputs() -> None:
             assert layer(torch.randn(64, 3).T).shape == (3, 32)
             with pytest.raises(RecipeError, match="64 columns"):
                 layer(torch.randn(2, 63))
+            with pytest.raises(RecipeError, match="floating-point type"):
+                layer(torch.ones(2, 64, dtype=torch.int32))
     empty = torch.zeros(0, 64, requires_grad=True)
     QuantizedLinear.from_packed(affine(32, 64))(empty).sum().backward()
     assert empty.grad is not None
