@@ -125,6 +125,8 @@ def test_the_layers_score_is_the_share_of_its_output_that_changed() -> None:
     for bad in (torch.eye(11), torch.zeros(5, 64, 64), torch.ones(64)):
         with pytest.raises(RecipeError, match="Gram"):
             reconstruct_layer(weight, bad, soft, Descent(1))
+    with pytest.raises(RecipeError, match="NaN"):
+        reconstruct_layer(weight, torch.full((64, 64), float("nan")), soft, Descent(1))
 
 
 def walked(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -202,13 +204,15 @@ def test_samples_that_depend_on_each_other_stay_together() -> None:
 
 def test_convolutions_are_trained_in_their_own_layout() -> None:
     torch.manual_seed(0)
-    blocks = nn.Sequential(*(nn.Sequential(nn.Conv1d(8, 8, 3, padding=1, groups=g), nn.GELU()) for g in (1, 2)))
+    blocks = nn.Sequential(*(nn.Sequential(nn.Conv1d(16, 16, 3, padding=1, groups=g), nn.GELU()) for g in (1, 2)))
     model = nn.Sequential(nn.Identity(), blocks)
-    with Walk(model, [torch.randn(6, 8, 10) for _ in range(2)], blocks="1", targets=True) as walk:
+    # of channels and positions that go together: with white inputs nothing is better than the nearest value
+    batches = [torch.einsum("bct,cd->bdt", torch.randn(16, 3, 20).cumsum(2), torch.randn(3, 16)) for _ in range(2)]
+    with Walk(model, batches, blocks="1", targets=True) as walk:
         for block in walk:
             layers = block_layers(block)
             task = BlockTask(block, layers, Statistics({}, Facts()))
-            softs = {n: SignRounding(task.weight(n), Grid(2, 0)) for n in layers}
+            softs = {n: SignRounding(task.weight(n), Grid(3, 0)) for n in layers}
             start, end = reconstruct_block(task, softs, Descent(40, 1 / 40, "sign", "linear"))
             assert end < start
             data = BlockData(task, Descent())
@@ -236,9 +240,9 @@ def test_biases_are_trained_and_written(tmp_path: Path) -> None:
     config = GradientPTQ(3, 8, steps=16, variable="straight-through", optimizer="sign", biases=True, scales=True)
     out = quantize_model(tmp_path / "model", tmp_path / "out", config, batches)
     report = json.loads((out / "weft.json").read_text())
-    losses = [v for v in report["layers"].values() if "loss_before" in v]
+    losses = {(v["block_loss_before"], v["block_loss"]) for v in report["layers"].values()}
     assert len(losses) == 3
-    assert all(v["loss"] <= v["loss_before"] for v in losses)
+    assert all(after <= before for before, after in losses)
     assert any(name.endswith(".bias") for name in report["changed"])
 
 

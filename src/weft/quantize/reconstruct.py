@@ -47,7 +47,7 @@ def reconstruct_layer(weight: Tensor, gram: Tensor, soft: Soft, descent: Descent
         The scores of the start and of the end: tr(Δ G Δᵀ) / tr(W G Wᵀ), or 0 where the latter is.
 
     Raises:
-        RecipeError: shapes do not fit.
+        RecipeError: shapes do not fit, or the Gram matrix is not finite.
 
     >>> from weft.quantize import FlexRounding
     >>> generator = torch.Generator().manual_seed(0)
@@ -59,6 +59,11 @@ def reconstruct_layer(weight: Tensor, gram: Tensor, soft: Soft, descent: Descent
     stack = gram.detach() if gram.dim() == 3 else gram.detach().unsqueeze(0)
     if weight.dim() != 2 or stack.dim() != 3 or stack.shape[1:] != 2 * weight.shape[1:] or len(weight) % len(stack):
         raise RecipeError(f"A layer {list(weight.shape)} needs a Gram matrix of its inputs, got {list(gram.shape)}.")
+    if not stack.isfinite().all():
+        raise RecipeError(
+            "The Gram matrix of a layer's inputs holds NaN or infinite values. The data or the statistics are damaged; gather "
+            "them again."
+        )
     mean = stack.diagonal(dim1=1, dim2=2).double().mean().clamp(min=torch.finfo(torch.float64).tiny)
     g = (stack / mean).float()
     original = weight.detach().float()
@@ -99,7 +104,7 @@ def reconstruct_block(
     for name, soft in softs.items():
         with task.attempt(name):
             task.put(name, soft.packed())
-    task.note(task.block.name, loss_before=start, loss=end)
+            task.note(name, block_loss_before=start, block_loss=end)
     with torch.no_grad():
         for name, bias in beside.items():
             layer: Any = task.layers[name.removesuffix(BIAS)]
@@ -147,7 +152,10 @@ class Reconstruction(Change):
         return soft.packed()
 
     def change_block(self, task: BlockTask) -> None:
-        """The layers of a block together; those that few rows reached without data."""
+        """The layers of a block together; those that few rows reached without data, those outside of blocks one by one."""
+        if getattr(task.block, "is_rest", False):
+            super().change_block(task)
+            return
         softs: dict[str, Soft] = {}
         for name in task.layers:
             with task.attempt(name):
@@ -159,6 +167,10 @@ class Reconstruction(Change):
         if softs:
             with task.attempt(task.block.name):
                 reconstruct_block(task, softs, self.descent(), biases=self.trains_biases())
+            # the report is of layers
+            for fact, value in task.notes.pop(task.block.name).items():
+                for name in softs:
+                    task.note(name, **{fact: value})
 
 
 def nearest_of(grid: Grid) -> RTN:
