@@ -3,9 +3,12 @@
 Start at :mod:`weft.quantize.rtn`, the baseline of all: each weight goes to the nearest value of a grid. The grids (bits,
 groups, scales, zero points) are in :mod:`weft.quantize.grid`. :mod:`weft.quantize.gptq` is the method to take where there is
 calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. :func:`quantize_` quantises a
-model in memory, :func:`quantize_model` writes a quantised copy of one on disk.
+model in memory, :func:`quantize_model` writes a quantised copy of one on disk, :func:`choose_bits` says which layer of it
+gets how many bits.
 """
 
+from weft.quantize.allocate import Allocation, Frontier, allocate_bits, frontier
+from weft.quantize.curves import Chosen, Curves, choose_bits, error_curves
 from weft.quantize.evaluate import evaluate
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
@@ -19,12 +22,20 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "RTN",
+    "Allocation",
+    "Chosen",
     "Codebook",
+    "Curves",
+    "Frontier",
     "Grid",
+    "allocate_bits",
+    "choose_bits",
     "codebook_codes",
+    "error_curves",
     "evaluate",
     "fake_quantize",
     "fit_grid",
+    "frontier",
     "gptq_codes",
     "gptq_factor",
     "hqq_codes",

@@ -145,7 +145,7 @@ def quantize_model(
         files.linears = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
         scales = form.scale_dtype(network.dtype)
         if scales is not None:
-            config = _with_scales(config, str(scales).removeprefix("torch."))
+            config = with_scales(config, str(scales).removeprefix("torch."))
         return write_blocks(
             checkpoint, batches, config, output, files, what=(), where=where, statistics=statistics, recipe=recipe,
             seed=seed, skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check,
@@ -182,10 +182,10 @@ def describe(config: Change | Mapping[Any, Change]) -> dict[str, Any]:
     }
 
 
-def _with_scales(config: Any, dtype: str) -> Any:
+def with_scales(config: Any, dtype: str) -> Any:
     """Configurations that fit scales in the type of the files, where they name none of their own."""
     if isinstance(config, Mapping):
-        return {key: _with_scales(one, dtype) for key, one in config.items()}
+        return {key: with_scales(one, dtype) for key, one in config.items()}
     known = {f.name: f.default for f in fields(config)} if is_dataclass(config) else {}
     if "scale_dtype" in known and config.scale_dtype == known["scale_dtype"]:
         return replace(config, scale_dtype=dtype)
