@@ -16,6 +16,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "calibrate"))
 from architectures import build
 
+import weft
 from weft.calibrate import Change, Statistics, Walk, collect
 from weft.errors import CheckpointError, OutputError, RecipeError
 from weft.quantize import GPTQ, RTN, Codebook, Curves, choose_bits, error_curves, evaluate, quantize_model
@@ -197,6 +198,17 @@ def test_a_model_is_quantised_as_chosen(llama: tuple[nn.Module, list[Any], Path]
     bits = {n: int(chosen.allocation.choices[n]) for n in made}
     assert all(bits[n] <= notes["bits"] <= bits[n] + 3 for n, notes in made.items())
     assert evaluate(tmp_path / "out", batches, folder)["kl"] < 0.1
+
+
+def test_an_open_checkpoint_stays_open(llama: tuple[nn.Module, list[Any], Path], tmp_path: Path) -> None:
+    _, batches, folder = llama
+    with weft.open(folder) as opened:
+        found = choose_bits(opened, CANDIDATES, batches, target_bits=6)
+        for name in ("a", "b"):
+            quantize_model(opened, tmp_path / name, found.config, batches)
+        assert evaluate(tmp_path / "a", batches, opened) == {
+            **evaluate(tmp_path / "b", batches, opened), "seconds": pytest.approx(0, abs=60)
+        }  # fmt: skip
 
 
 def test_what_fails_is_named(llama: tuple[nn.Module, list[Any], Path]) -> None:

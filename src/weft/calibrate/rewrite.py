@@ -190,7 +190,9 @@ def write_blocks(
             with CheckpointWriter(whole, target, force=force, shard_bytes=shard_bytes, work=work) as writer:
                 stable = {n: {k: v for k, v in notes.items() if k != "seconds"} for n, notes in report.items()}
                 writer.publish({"weft": weft.__version__, **facts, "changed": changed_names, "layers": stable}, texts)
-            whole.close()
+            own = {id(t.source) for t in checkpoint.tensors.values()}  # which the caller may go on with
+            for source in {id(t.source): t.source for t in whole.tensors.values() if id(t.source) not in own}.values():
+                source.close()
             return target
         except Exception as error:
             # a second try would fail as this did; with skip_errors it would not, where a result is not finite

@@ -49,7 +49,7 @@ def calibrate_command(
     with closing(open_checkpoint(model)) as checkpoint:
         if dry_run:
             return _dry_run(checkpoint, data, kinds, options, where or "*", dtype, memory, as_json)
-        batches = _batches(checkpoint, data, options, kinds, progress)
+        batches = read_for(checkpoint, data, options, kinds, progress)
         found = collect(
             checkpoint, batches, kinds, where=where or "*", memory=memory, dtype=dtype, seed=options.seed, output=output,
             force=force, progress=progress,
@@ -78,7 +78,7 @@ def _dry_run(
     tokens = (
         options.samples * options.length
         if data == SELF
-        else _tokens(_batches(checkpoint, data, options, kinds, Progress()))
+        else _tokens(read_for(checkpoint, data, options, kinds, Progress()))
     )
     facts = {**asdict(plan), "tokens": tokens}
     if as_json:
@@ -94,7 +94,7 @@ def _dry_run(
     return "\n".join(lines)
 
 
-def _batches(
+def read_for(
     checkpoint: Checkpoint, data: str, options: DataOptions, kinds: list[str], progress: Progress
 ) -> list[dict[str, Tensor]]:
     """Batches as the model takes them."""

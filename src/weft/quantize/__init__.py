@@ -8,6 +8,7 @@ gets how many bits.
 """
 
 from weft.quantize.allocate import Allocation, Frontier, allocate_bits, frontier
+from weft.quantize.compare import compare_methods
 from weft.quantize.curves import Chosen, Curves, choose_bits, error_curves
 from weft.quantize.evaluate import evaluate
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
@@ -15,6 +16,7 @@ from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.hqq import HQQ, hqq_codes
 from weft.quantize.load import load_quantized
 from weft.quantize.nf4 import Codebook, codebook_codes
+from weft.quantize.report import compare_reports, make_report, write_report
 from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_, quantize_model
 
@@ -31,6 +33,8 @@ __all__ = [
     "allocate_bits",
     "choose_bits",
     "codebook_codes",
+    "compare_methods",
+    "compare_reports",
     "error_curves",
     "evaluate",
     "fake_quantize",
@@ -40,8 +44,10 @@ __all__ = [
     "gptq_factor",
     "hqq_codes",
     "load_quantized",
+    "make_report",
     "quantize",
     "quantize_",
     "quantize_model",
     "round_to_nearest",
+    "write_report",
 ]

@@ -66,13 +66,15 @@ from weft.packed import Packed
 from weft.packed.formats import find_format
 from weft.quantize.allocate import Allocation, Frontier, frontier
 from weft.quantize.files import PackedFiles
-from weft.quantize.run import AUTO, describe, file_format, with_scales
+from weft.quantize.run import AUTO, as_in_files, describe, file_format
 
 MEASURES = ("weight", "output", "relative", "block", "importance")
 INPUTS = "inputs"
 VERSION = 1
 _FISHER = ("exact", "sampled", "empirical")
 Candidates = Mapping[str, Change | None]
+# what a method may raise, of weft or of one's own: its candidate is out, the others go on
+FAILURES = (WeftError, torch.linalg.LinAlgError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -369,9 +371,7 @@ class _Run:
             turned = any(is_conv1d(type(m)) for m in self.source.model.modules())
             form = find_format(("weft" if turned else file_format(changes)) if format == AUTO else format)
             self.files = PackedFiles(form, self.dtype)
-            scales = form.scale_dtype(self.dtype)
-            if scales is not None:
-                changes = with_scales(changes, str(scales).removeprefix("torch."))
+            changes = as_in_files(changes, form, self.dtype)
         self.candidates: dict[str, Change | None] = {label: changes.get(label) for label in candidates}
         settings = {label: describe(c) if c is not None else None for label, c in self.candidates.items()}
         self.facts: dict[str, Any] = {
@@ -504,8 +504,8 @@ class _Run:
             value = value.to(stored.dtype).float()
             if not value.isfinite().all():
                 raise RecipeError("the fitted weight holds NaN or infinite values")
-        except (WeftError, torch.linalg.LinAlgError) as error:
-            one.failed = str(error)
+        except FAILURES as error:
+            one.failed = str(error) or type(error).__name__
             return None
         one.errors = self.errors(name, layer, value - weight, weight, task.statistics)
         return value

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from weft.calibrate import Change, Statistics, change_model_, rewrite
@@ -20,7 +21,7 @@ from weft.engine.checkpoint_writer import SHARD_BYTES
 from weft.engine.progress import Progress
 from weft.function.layout import is_conv1d
 from weft.function.where import Selector
-from weft.packed.formats import find_format
+from weft.packed.formats import Format, find_format
 from weft.packed.replace import replace_
 from weft.quantize.files import PackedFiles
 
@@ -143,9 +144,7 @@ def quantize_model(
         form = find_format(("weft" if turned else file_format(config)) if format == AUTO else format)
         files = PackedFiles(form, network.dtype)
         files.linears = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
-        scales = form.scale_dtype(network.dtype)
-        if scales is not None:
-            config = with_scales(config, str(scales).removeprefix("torch."))
+        config = as_in_files(config, form, network.dtype)
         return write_blocks(
             checkpoint, batches, config, output, files, what=(), where=where, statistics=statistics, recipe=recipe,
             seed=seed, skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check,
@@ -182,10 +181,15 @@ def describe(config: Change | Mapping[Any, Change]) -> dict[str, Any]:
     }
 
 
-def with_scales(config: Any, dtype: str) -> Any:
-    """Configurations that fit scales in the type of the files, where they name none of their own."""
+def as_in_files(config: Any, form: Format, model_dtype: torch.dtype) -> Any:
+    """Configurations that fit scales in the type that files of a model have, where they name none of their own."""
+    kind = form.scale_dtype(model_dtype)
+    return config if kind is None else _with_scales(config, str(kind).removeprefix("torch."))
+
+
+def _with_scales(config: Any, dtype: str) -> Any:
     if isinstance(config, Mapping):
-        return {key: with_scales(one, dtype) for key, one in config.items()}
+        return {key: _with_scales(one, dtype) for key, one in config.items()}
     known = {f.name: f.default for f in fields(config)} if is_dataclass(config) else {}
     if "scale_dtype" in known and config.scale_dtype == known["scale_dtype"]:
         return replace(config, scale_dtype=dtype)
