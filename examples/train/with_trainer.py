@@ -20,7 +20,8 @@ def trainer(out: Path, steps: int) -> AdapterTrainer:
     model = task.model()
     print(weft.adapt_(model, weft.adapt.LoRA(rank=8, alpha=16)))
     arguments = transformers.TrainingArguments(
-        output_dir=str(out), max_steps=steps, per_device_train_batch_size=8, learning_rate=3e-3, lr_scheduler_type="constant",
+        output_dir=str(out), max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=3e-3, lr_scheduler_type="constant",
         save_steps=10, eval_strategy="steps", eval_steps=10, logging_steps=10, gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False}, load_best_model_at_end=True, report_to=[], disable_tqdm=True,
         use_cpu=True,

@@ -309,3 +309,17 @@ def test_refusals_say_what_to_do(model: Attention) -> None:
         weft.adapt_(nn.Linear(3, 3, device="meta"), EVA(rank=1), where="*", data=few)
     with pytest.raises(RecipeError, match="whole model"):
         EVA().build(torch.ones(3, 3), batched=False)
+
+
+@pytest.mark.parametrize(("bad", "reason"), [(16, "id 16.*has 16 rows, of the ids 0 to 15"), (-1, "hold the id -1")])
+def test_ids_that_the_model_does_not_have_are_named(bad: int, reason: str) -> None:
+    from weft.contract.models import Tied
+
+    model = Tied()
+    tokens = torch.randint(0, 16, (40,))
+    tokens[7] = bad
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(RecipeError, match=reason):
+        weft.adapt_(model, EVA(rank=2, rho=1), where="head", data=[tokens])
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())

@@ -23,6 +23,7 @@ from weft.adapt import (
     Whole,
     adapters,
     load_adapter_,
+    restore_adapter_,
     save_adapter,
     switch_,
 )
@@ -370,3 +371,36 @@ def test_an_adapter_on_a_parametrized_weight_is_known_by_what_lies_beneath_it(tm
     fill(other, 3)
     with pytest.raises(CheckpointError, match="another base"):
         load_adapter_(other, tmp_path / "a")
+
+
+@pytest.mark.parametrize("form", ["peft", "weft"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_told_when_saved_and_refused_when_loaded(value: float, form: str, tmp_path: Path) -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    diverged = model()
+    weft.adapt_(diverged, LoRA(rank=1), where="*")
+    diverged[1].parametrizations.weight[0].B.data[0] = value
+    with pytest.warns(UserWarning, match=r"'default' holds NaN or infinity \(.*1.*B.*\)"):
+        report = save_adapter(diverged, tmp_path / "a", form=form)
+    assert "NaN or infinity" in str(report)
+    fresh = model()
+    with pytest.raises(CheckpointError, match=r"a: holds NaN or infinity \(1.weight, B\)"):
+        load_adapter_(fresh, tmp_path / "a")
+    assert not weft.functions(fresh)
+    weft.adapt_(fresh, LoRA(rank=1), where="*")
+    before = {n: t.clone() for n, t in fresh.state_dict().items()}
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        restore_adapter_(fresh, tmp_path / "a")
+    assert all(torch.equal(before[n], t) for n, t in fresh.state_dict().items())
+
+
+def test_what_stands_in_the_way_is_said_in_python(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    weft.adapt_(model, LoRA(rank=1), where="*")
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(OutputError, match="replace it with force=True"):
+        save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a", force=True)

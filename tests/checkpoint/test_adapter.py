@@ -70,6 +70,31 @@ def test_the_formula(
     assert np.abs(actual - expected).max() <= bound * (10 if dora else 1)
 
 
+@pytest.mark.parametrize("shape", [(5, 9), (8, 600)])
+def test_sums_round_as_blas_does(shape: tuple[int, int]) -> None:
+    rank, scale = 7, np.float32(1.375)
+    left, right, out = random(shape[0], rank), random(rank, shape[1], seed=1), random(*shape, seed=2)
+    total = np.zeros(shape, np.float32)
+    for k in range(rank):  # a product in float64 is exact, so this rounds once a step: a fused multiply and add
+        total = (total + left[:, k : k + 1].astype(np.float64) * right[k]).astype(np.float32)
+    expected = (out + np.float64(scale) * total).astype(np.float32)
+    padded = computed.as_factors(left, right)
+    computed.add_product(padded.left, padded.right, scale, out)
+    if computed_is_fused():
+        assert np.array_equal(out, expected)
+    else:
+        assert np.abs(out - expected).max() <= 8 * EPS * np.abs(expected).max()
+
+
+def computed_is_fused() -> bool:
+    """Whether this machine rounds a product and a sum once: 1 + ε squared minus its rounding is not zero then."""
+    one = np.full((1, 1), 1 + EPS, np.float32)
+    out = -(one * one)
+    factors = computed.as_factors(one, np.ones((1, 1), np.float32))
+    computed.add_product(factors.left, factors.right, one[0, 0], out)
+    return bool(out[0, 0] != 0)
+
+
 @pytest.mark.parametrize("flipped", [False, True])
 def test_bits_do_not_depend_on_how_they_are_read(flipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch, 100)

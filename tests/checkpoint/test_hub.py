@@ -84,6 +84,33 @@ def test_headers_only_until_weights_are_read(text: str, hub: Hub, monkeypatch: p
         checkpoint["layers.3.weight"].numpy()
 
 
+def test_a_quantised_repository_is_shown_plain(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(remote, "HEAD", 256)
+    monkeypatch.setattr(remote, "BLOCK", 64)
+    from weft.packed import Affine
+    from weft.packed.formats import find_format
+
+    form, tensors, layers = find_format("pack-quantized"), {}, {}
+    for layer in range(12):
+        codes = torch.randint(0, 16, (64, 96)).to(torch.int16)
+        layers[f"layers.{layer}"] = Affine(codes, torch.rand(64, 3).half(), torch.full((64, 3), 5.0).half(), 4, 0)
+    for name, packed in layers.items():
+        tensors |= {n: t.numpy() for n, t in form.write(name, packed, torch.float16).items()}
+    config = {"model_type": "llama", "dtype": "float16", "quantization_config": form.config(layers, [])}
+    hub.repositories["org/packed"] = {
+        "model.safetensors": safetensors(tensors),
+        "config.json": json.dumps(config).encode(),
+    }
+    with weft.open("org/packed") as checkpoint:
+        assert len(hub.ranges()) <= 2  # shapes come from headers, not from a request for each layer
+        assert list(checkpoint) == [f"{name}.weight" for name in layers]
+        assert checkpoint.fingerprint.startswith(f"org/packed@{COMMIT}|quantization_config:")
+        for name, packed in layers.items():
+            assert np.array_equal(checkpoint[f"{name}.weight"].numpy(), packed.dequantize().numpy())
+
+
 @pytest.mark.parametrize("block", [64, 1000, 1 << 20])
 @pytest.mark.parametrize("head", [8, 100, 1 << 20])
 def test_any_block_size_reads_the_same(block: int, head: int, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

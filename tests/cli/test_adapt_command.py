@@ -100,7 +100,7 @@ def test_what_a_user_gets_wrong(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         run(tmp_path / "plain")
     run(folder, "--rank", 2, "-o", tmp_path / "out")
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         run(folder, "--rank", 2, "-o", tmp_path / "out")
     for text, message in (
         ("adapt: []", "needs a list"),

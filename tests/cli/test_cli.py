@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
 import weft
@@ -59,6 +60,23 @@ def test_exit_codes_reach_the_shell(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "the same command continues" in capsys.readouterr().err
     monkeypatch.setattr(doctor, "examine", lambda: {"ok": True})
     cli.main()
+
+
+def test_arguments_in_messages_are_options(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from weft.cli import app as cli
+
+    def message(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["weft", *map(str, arguments)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        return capsys.readouterr().err
+
+    run("merge", *models, "-o", tmp_path / "out")
+    assert "replace it with --force." in message("merge", *models, "-o", tmp_path / "out")
+    save_file({"other": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
+    assert "--missing skip or" in message("merge", models[0], tmp_path / "other.safetensors", "-o", tmp_path / "new")
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -15,11 +15,13 @@ from weft.registry import methods
 NUMBER_OF_CHECKS = 16
 ROWS = {name: row for name, row in methods().items() if isinstance(row, QuantizeMethod)}
 # Quantising again moves what these gave; each row says why.
-REFIT = {"fp4", "gptq", "hqq", "nf4"}
+REFIT = {
+    "adaround", "flexround", "fp4", "gptq", "gradient-ptq", "hqq", "lrq", "nf4", "nupes", "powerquant", "signround", "zeroquant-fp",
+}  # fmt: skip
 
 
 def test_rows() -> None:
-    assert set(ROWS) == {"fp4", "gptq", "hqq", "nf4", "rtn"}
+    assert set(ROWS) == {*REFIT, "fp8", "rtn"}
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))

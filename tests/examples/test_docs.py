@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {  # how many snippets there are at least
-    "adapters.md": 2, "calibrate.md": 4, "init.md": 6, "merging.md": 1, "normalize.md": 4, "quantize.md": 4, "symmetry.md": 4,
+    "adapters.md": 2, "calibrate.md": 4, "init.md": 6, "merging.md": 1, "normalize.md": 4, "quantize.md": 6, "symmetry.md": 4,
 }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def test_modules_say_what_they_are(path: Path) -> None:
 
 def is_kernel(node: ast.AST) -> bool:
     decorators = getattr(node, "decorator_list", [])
-    return any(isinstance(d, ast.Name) and d.id in ("kernel", "reduction", "inline") for d in decorators)
+    return any(isinstance(d, ast.Name) and d.id in ("kernel", "reduction", "fused", "inline") for d in decorators)
 
 
 def test_the_project_speaks_of_itself_only() -> None:

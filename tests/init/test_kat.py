@@ -160,3 +160,22 @@ def test_what_cannot_be_replaced_changes_nothing() -> None:
     assert isinstance(model[1], nn.GELU)
     with pytest.raises(RecipeError, match="the activation itself"):
         replace_activations_(nn.GELU())
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_new", "silu"])
+def test_transformers_activations_are_found_without_a_name(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, hidden_act=kind)
+    model = transformers.ViTForImageClassification(config).eval()
+    images = torch.randn(2, 3, 8, 8)
+    before = model(pixel_values=images).logits
+    replaced = replace_activations_(model)
+    assert len(replaced) == 2
+    assert max(replaced.values()) < 1e-2
+    after = model(pixel_values=images).logits
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, before, atol=1e-2, rtol=0)
+    with pytest.raises(RecipeError, match="has no GELU and no SiLU"):
+        replace_activations_(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))

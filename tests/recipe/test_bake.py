@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import weft
-from weft.adapt import LoRA, load_adapter_, save_adapter, switch_
+from weft.adapt import Bone, LoRA, SVFit, load_adapter_, save_adapter, switch_
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.engine.run import Options
 from weft.errors import CheckpointError, RecipeError, VerificationError
@@ -92,14 +92,26 @@ def test_half_precision_is_rounded_once_and_the_probe_says_how_much(folders: Pat
     assert {p.name for p in folders.iterdir()} == {"base", "a", "b", "out", "exact"}
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries may sum in another order")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [LoRA(rank=5, alpha=7), Bone(rank=4), SVFit(rank=3)], ids=["lora", "miss", "svfit"])
+def test_files_get_the_bits_of_baking_in_memory(config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    llama(dtype).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "a", config, ["q_proj", "down_proj"], dtype=dtype)
+    bake(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out", probe=False)
+    weft.bake_(model)
+    files = type(model).from_pretrained(tmp_path / "out", dtype=dtype).state_dict()
+    assert all(torch.equal(files[n], t) for n, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("form", ["outputs", "products"])
 def test_the_probe_notices_a_wrong_result(form: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from weft.checkpoint import computed
 
     right = computed.add_product
 
-    def wrong(left: np.ndarray, factor: np.ndarray, out: np.ndarray) -> None:
-        right(left * np.float32(1.1), factor, out)
+    def wrong(left: np.ndarray, factor: np.ndarray, scale: np.float32, out: np.ndarray) -> None:
+        right(left, factor, scale * np.float32(1.1), out)
 
     monkeypatch.setattr(computed, "add_product", wrong)
     options = Options(memory=10**9 if form == "outputs" else 10**4)
@@ -111,11 +123,33 @@ def test_the_probe_notices_a_wrong_result(form: str, folders: Path, monkeypatch:
     assert not (folders / "no").exists()
 
 
+def test_a_model_of_encoder_and_decoder_is_probed_by_its_outputs(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 37, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    model.save_pretrained(tmp_path / "base")
+    weft.adapt_(model, LoRA(rank=2), where=["q", "wo"])
+    fill_b(model)
+    save_adapter(model, tmp_path / "a")
+    done = bake(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out")
+    assert done.probe["kind"] == "outputs"
+    assert done.probe["change"] < 1e-5
+    made = type(model).from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        first, second = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, made))
+    assert (first - second).abs().max() < 1e-5
+
+
+def fill_b(model: Any) -> None:
+    for several in weft.functions(model).values():
+        torch.nn.init.normal_(several[0].B)
+
+
 def test_where_outputs_cannot_be_compared_products_are(folders: Path) -> None:
     options = Options(memory=10**4)
     adapters: list[Any] = [(folders / "a", 1.0), (folders / "b", 0.3)]
     done = bake(folders / "base", adapters, folders / "out", options=options, dtype="bfloat16")
-    assert "more than --memory" in done.probe["why_not_outputs"]
+    assert "more than the budget" in done.probe["why_not_outputs"]
     assert done.probe["tensors"] == 7  # q, down and up of two layers, and the norm
     assert done.probe["by_value"] == 1
     assert 1e-4 < done.probe["change"] < 0.02
@@ -156,7 +190,7 @@ def test_what_peft_made_is_baked_and_probed(case: str, folders: Path) -> None:
 
 def test_another_base_is_refused_and_can_be_asked_for(folders: Path) -> None:
     bake(folders / "base", [(folders / "b", 1.0)], folders / "other", probe=False)
-    with pytest.raises(CheckpointError, match=r"another base: 2 of 5 weights.*--no-check-base"):
+    with pytest.raises(CheckpointError, match=r"another base: 2 of 5 weights.*check_base=False"):
         bake(folders / "other", [(folders / "a", 1.0)], folders / "out")
     assert not (folders / "out").exists()
     done = bake(folders / "other", [(folders / "a", 1.0)], folders / "out", check_base=False)
@@ -213,7 +247,7 @@ def test_nan_and_overflow_are_not_published(folders: Path) -> None:
                 parameter.fill_(1e4)
     save_adapter(huge, folders / "huge")
     for options in (Options(), Options(memory=10**4)):
-        with pytest.raises(VerificationError, match=r"NaN or infinity.*too large for --dtype"):
+        with pytest.raises(VerificationError, match=r"NaN or infinity.*too large for the dtype"):
             bake(folders / "base", [(folders / "huge", 1.0)], folders / "out", dtype="float16", options=options)
     assert not (folders / "out").exists()
 

@@ -38,7 +38,7 @@ def as_lora(adapter: Checkpoint) -> Adapter:
         config, tensors, _ = weight.functions[0]
         module, _, leaf = full.rpartition(".")
         if isinstance(config, Whole):
-            if weight.layout:
+            if weight.layout.get("transposed") or weight.layout.get("groups"):
                 raise CheckpointError(f"{where}: {full} is a copy that is stored otherwise than it is seen. {_LIVE}")
             result.whole[full] = _one(tensors, "value", full, where)
         elif isinstance(config, TokenRows) and leaf == "weight" and not weight.layout:

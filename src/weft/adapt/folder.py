@@ -7,7 +7,9 @@ fingerprint of the base, so that an adapter is not put on another model without 
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from weft.adapt.weft_folder import read_weft, weft_files, write_weft
 from weft.adapt.weights import AdaptedWeight, Stored, adapted_weights, base_of, plain_tensors, put_on
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.fingerprint import Fingerprint, another_base, differing, fingerprint_of, recorded_base
+from weft.checkpoint.live_names import names_of_model
 from weft.checkpoint.lora_folder import CONFIG_FILE, WEFT_CONFIG, WEFT_WEIGHTS, open_adapter
 from weft.checkpoint.memory import from_mapping
 from weft.engine.adapter_writer import AdapterWriter
@@ -147,6 +150,13 @@ def save_adapter(
     assert tensors is not None
     files = {"weights_file": WEFT_WEIGHTS, "config_file": f"{WEFT_CONFIG}.json"} if own else {}
     opened = from_mapping({n: _whole(n, t) for n, t in tensors.items()})
+    bad = [n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if bad:
+        warnings.warn(
+            f"the adapter {name!r} holds NaN or infinity ({_some(bad)}): its training diverged. It is saved as it is, and "
+            "will not load; go back to an earlier checkpoint, and train with a lower learning rate.",
+            stacklevel=2,
+        )
     report = _side_file(model, weights, made, base)
     target = Path(os.path.abspath(Path(folder).expanduser()))
     if not _is_sharded(model) or torch.distributed.get_rank() == 0:
@@ -155,7 +165,8 @@ def save_adapter(
                 writer.add(key, tensor.bits(), tensor.dtype, tensor.shape)
             writer.publish(config, report)
     strength = {f.strength for w in weights for f in w.functions}
-    notes = [f"its strength of {s:g} is not saved: a folder holds it as trained" for s in strength if s != 1]
+    notes = [f"NaN or infinity in {_some(bad)}"] if bad else []
+    notes += [f"its strength of {s:g} is not saved: a folder holds it as trained" for s in strength if s != 1]
     return SavedAdapter(target, made, why, len(opened), opened.nbytes, notes)
 
 
@@ -182,8 +193,8 @@ def load_adapter_(
         check_base: compare the base with the fingerprint in ``weft.json``.
 
     Raises:
-        CheckpointError: the file is damaged or not complete, a tensor has no place in the model or another shape, or
-            the model is another one than the adapter was trained on. The model is then as before.
+        CheckpointError: the file is damaged or not complete, holds NaN or infinity, a tensor has no place in the model
+            or another shape, or the model is another one than the adapter was trained on. The model is then as before.
         RecipeError: the model has an adapter of this name.
     """
     check_name(model, name)
@@ -197,10 +208,11 @@ def load_adapter_(
         )
     with open_adapter(path) as adapter:
         own = weft_files(path)
-        stored, notes = (read_weft(adapter), []) if own else read_peft(model, adapter)
+        stored, notes = (_renamed(model, read_weft(adapter), path.name), []) if own else read_peft(model, adapter)
         keys = list(adapter)
         known = _base_known(model, path, adapter, stored, check_base)
     _places_there(model, stored, path.name)
+    _refuse_not_finite(stored, path.name)
     put_on(model, stored, name)
     mine = {id(f): f for w in adapted_weights(model, name) for f in w.functions}
     parameters = {id(p): p for f in mine.values() for p in f.parameters()}
@@ -227,7 +239,7 @@ def restore_adapter_(
 
     Raises:
         RecipeError: the model has no adapter of this name.
-        CheckpointError: the folder's adapter is on other weights, or of another method or shape.
+        CheckpointError: the folder's adapter is on other weights, of another method or shape, or holds NaN or infinity.
 
     >>> import tempfile, weft
     >>> model, folder = nn.Sequential(nn.Linear(4, 4)), tempfile.mkdtemp() + "/mine"
@@ -242,10 +254,12 @@ def restore_adapter_(
     mine = {w.names[0]: w.functions for w in adapted_weights(model, name)}
     own = weft_files(Path(folder))
     with open_adapter(Path(folder)) as adapter:
-        stored = read_weft(adapter) if own else read_peft(model, adapter)[0]
+        stored = _renamed(model, read_weft(adapter), Path(folder).name) if own else read_peft(model, adapter)[0]
         _base_known(model, Path(folder), adapter, stored, check_base)
         spare = f"{name} (being restored)"
-        put_on(model, stored, spare)
+    _places_there(model, stored, Path(folder).name)
+    _refuse_not_finite(stored, Path(folder).name)
+    put_on(model, stored, spare)
     try:
         theirs = {w.names[0]: w.functions for w in adapted_weights(model, spare)}
         if mine.keys() != theirs.keys():
@@ -268,6 +282,25 @@ def restore_adapter_(
         remove_(model, spare)
 
 
+def _refuse_not_finite(stored: Mapping[str, list[Stored]], where: str) -> None:
+    bad = [
+        f"{full}, {name}"
+        for full, several in stored.items()
+        for one in several
+        for name, t in one.tensors.items()
+        if t.is_floating_point() and not bool(t.isfinite().all())
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{where}: holds NaN or infinity ({_some(bad)}), and so would everything that the model computes. Its training "
+            "diverged, or the file is damaged; take an earlier checkpoint."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
 def _shapes(state: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{n} {list(t.shape)}" for n, t in state.items())
 
@@ -276,6 +309,24 @@ def _inner(path: Path) -> str:
     """PEFT keeps adapters that are not called default in folders of their names."""
     inner = sorted(p.parent.name for n in (CONFIG_FILE, f"{WEFT_CONFIG}.json") for p in path.glob(f"*/{n}"))
     return f" Its subfolder {inner[0]!r} is one." if inner else ""
+
+
+def _renamed(model: nn.Module, stored: dict[str, list[Stored]], where: str) -> dict[str, list[Stored]]:
+    """With the model's names for the weights of an adapter that was made when transformers had others."""
+    held = plain_tensors(model)
+    lost = [n for n in stored if n not in held]
+    names = names_of_model(unwrapped(model), held) if lost else None
+    if names is None:
+        return stored
+    new = names.places(lost, held, where)
+
+    def called(several: list[Stored]) -> list[Stored]:
+        return [
+            dataclasses.replace(s, shared={n: (new.get(w, w), i, t) for n, (w, i, t) in s.shared.items()})
+            for s in several
+        ]
+
+    return {new.get(full, full): called(several) for full, several in stored.items()}
 
 
 def _places_there(model: nn.Module, stored: Mapping[str, list[Stored]], where: str) -> None:
@@ -332,8 +383,12 @@ def _base_known(model: nn.Module, path: Path, adapter: Checkpoint, stored: Mappi
     if not check:
         return "not checked, as asked"
     held = plain_tensors(model)
-    found: dict[str, Fingerprint] = {n: fingerprint_of(base_of(held[n])) for n in said if n in held}
+    place = {n: n for n in said if n in held}
+    names = names_of_model(unwrapped(model), held) if len(place) < len(said) else None
+    if names is not None:
+        place = names.places(said, held) | place
+    found: dict[str, Fingerprint] = {n: fingerprint_of(base_of(held[p])) for n, p in place.items()}
     other = differing(said, found)
     if other:
-        raise CheckpointError(another_base(path.name, other, len(found), "check_base=False"))
+        raise CheckpointError(another_base(path.name, other, len(found)))
     return "the same" if found else "not checked: the model has other names"

@@ -23,6 +23,7 @@ from weft.adapt.weights import AdaptedWeight, Stored, base_of, plain_tensors
 from weft.adapt.whole import Whole
 from weft.checkpoint.adapter_names import find_places
 from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.live_names import names_of_model
 from weft.checkpoint.lora_folder import PREFIX, MissPart, Part, read_adapter
 from weft.engine.adapter_writer import NO_TARGET, task_type
 from weft.errors import CheckpointError, RecipeError
@@ -254,7 +255,7 @@ def read_peft(model: nn.Module, adapter: Checkpoint) -> tuple[dict[str, list[Sto
         )
     held = plain_tensors(model)
     saved = [str(m) for m in adapter.config.get("modules_to_save") or ()]
-    place = find_places(parsed, held, [], where)
+    place = find_places(parsed, held, [], where, live=lambda: names_of_model(unwrapped(model), held))
     dropout = adapter.config.get("lora_dropout") or 0.0
     stored: dict[str, list[Stored]] = {}
     notes: list[str] = []

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.errors import RecipeError
-from weft.function.adapter import Adapter
-from weft.function.protocol import FunctionMethod, Gather, WeightFunction, as_matrix, wide
+from weft.function.adapter import Adapter, add_product
+from weft.function.protocol import FunctionMethod, Gather, Inner, WeightFunction, as_matrix, wide
 from weft.method import parameter
 
 
@@ -151,6 +151,15 @@ class _SVFit(Adapter):
 
     def change(self, stored: Tensor) -> Tensor:
         return (self.U * self._moved().unsqueeze(-2) @ self.Vt).reshape(stored.shape)
+
+    def product(self, x: Tensor, inner: Inner) -> Tensor:
+        if not self.enabled:
+            return super().product(x, inner)
+        thin, scale = functional.linear(x.to(self.Vt.dtype), self.Vt), self.scale * self.strength
+        if torch.is_grad_enabled():  # a gradient of U diag(s − σ) would cost one more product
+            return add_product(inner(x), thin * self._moved(), self.U, scale)
+        # to the bit what the factors of to_lora give where others evaluate them
+        return add_product(inner(x), thin, self.U * self._moved(), scale)
 
     def changed(self, x: Tensor) -> Tensor:
         return functional.linear(functional.linear(x.to(self.Vt.dtype), self.Vt) * self._moved(), self.U)

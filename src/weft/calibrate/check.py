@@ -122,8 +122,9 @@ def small_batch(model: Any) -> dict[str, Tensor]:
 
 def _compare(model: Any, batch: dict[str, Tensor], expected: Tensor) -> str:
     """What is wrong, in words; empty if nothing is."""
-    from weft.calibrate.source import FromCheckpoint, InMemory, quiet
+    from weft.calibrate.source import FromCheckpoint, InMemory
     from weft.calibrate.walker import Walk
+    from weft.checkpoint.live_names import quiet
 
     with tempfile.TemporaryDirectory(prefix="weft-") as folder:
         with quiet():

@@ -90,9 +90,9 @@ def check_target(folder: str | os.PathLike[str], force: bool) -> Path:
     target = Path(os.path.abspath(Path(folder).expanduser()))
     if target.exists() or target.is_symlink():
         if not force:
-            raise OutputError(f"{target}: exists already. Choose another output, or replace it with --force.")
+            raise OutputError(f"{target}: exists already. Choose another output, or replace it with force=True.")
         if not (target / FILE).is_file():
-            raise OutputError(f"{target}: exists and holds no statistics, so --force does not replace it.")
+            raise OutputError(f"{target}: exists and holds no statistics, so force=True does not replace it.")
     return target
 
 

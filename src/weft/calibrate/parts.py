@@ -95,7 +95,9 @@ class Parts:
             for made in replaces.get(name, [name]):
                 tensors[made] = new.get(made, checkpoint.tensors.get(made, checkpoint.tensors[name]))
         changed = sorted(n for n, t in tensors.items() if t is not checkpoint.tensors.get(n))
-        return Checkpoint(checkpoint.name, tensors, {}, config, dict(checkpoint.metadata), checkpoint.folder), changed
+        whole = Checkpoint(checkpoint.name, tensors, {}, config, dict(checkpoint.metadata), checkpoint.folder)
+        whole.packed = checkpoint.packed  # so that the configuration is written anew
+        return whole, changed
 
     def _same(self, identity: str) -> bool:
         try:

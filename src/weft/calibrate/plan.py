@@ -67,7 +67,7 @@ def plan_collection(
     inputs = [k for k in kinds if k not in GRADIENTS]
     if inputs:
         check_choice(source, inputs, where)
-    leaders = _leaders_of_small(type(source.model), source.model.config)
+    leaders = leaders_of_small(type(source.model), source.model.config)
     width = 8 if dtype == "float64" else 4
     plan = CollectionPlan(kinds, len([n for s in source.stacks for n in s]), 0, 0, 0, 0)
     with unfused(source.model) as experts:
@@ -120,7 +120,7 @@ def _sizes(module: Any, what: Sequence[str], width: int) -> tuple[int, int, int]
     return 8 * (size + vectors) + counts, width * (size + vectors) + counts, product
 
 
-def _leaders_of_small(model_class: Any, config: Any) -> list[list[dict[str, str]]]:
+def leaders_of_small(model_class: Any, config: Any) -> list[list[dict[str, str]]]:
     """For each block of a small copy, the first layer of those that are given the same tensor, by paths in the block."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)

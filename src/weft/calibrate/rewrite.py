@@ -21,6 +21,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 import weft
@@ -325,4 +326,4 @@ def _changed_tensor(tensor: Tensor, stored: LazyTensor) -> Tensor | None:
         raise CheckpointError(f"{stored.name}: was {list(before.shape)} and would be {list(tensor.shape)}.")
     if before.to(tensor.dtype).equal(tensor):
         return None  # a file in higher precision than the model runs in keeps it where nothing changed
-    return tensor.detach().to(before.dtype).contiguous()
+    return tensor.detach().to(getattr(torch, stored.natural_dtype.torch)).contiguous()

@@ -66,7 +66,7 @@ class FolderSink(MemorySink):
             self._work.release()
             raise OutputError(
                 f"{self._work.root}: holds an unfinished run with other options, data or another model. Finish it, or start "
-                "over with --force."
+                "over with force=True."
             )
         self.walk_folder = self._work.root / "walk"
         goes_on = before == identity and self._work.files.is_dir()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from weft.calibrate.experts import Slice
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.fingerprint import fingerprint_of
+from weft.checkpoint.live_names import LiveNames, conversions, on_meta, quiet
 from weft.checkpoint.open import open_checkpoint
 from weft.errors import CheckpointError, MissingDependencyError, RecipeError, did_you_mean
 from weft.function.layout import layout_of
@@ -102,7 +103,7 @@ class FromCheckpoint(InMemory):
         self.checkpoint = checkpoint
         super().__init__(_on_meta(checkpoint, model_class), blocks)
         self._in_blocks = self._block_prefixes()
-        self._mapping = _conversions(self.model)
+        self._mapping = conversions(self.model)
         self._keys = self._sorted_keys()
 
     def weights_identity(self) -> str:
@@ -197,18 +198,9 @@ class FromCheckpoint(InMemory):
 
     def _sorted_keys(self) -> dict[str, str]:
         """The name in memory for each tensor on disk; those that the model has no place for are left out."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
-        state = self.model.state_dict()
-        found = {}
-        for key in self.checkpoint:
-            renamed, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
-            if renamed not in state:
-                renamed, _ = rename_source_key(key, [], [], self.model.base_model_prefix, state)
-            if renamed in state:
-                found[key] = renamed
+        names = LiveNames(self.model)
+        live = {key: names.of(key) for key in self.checkpoint}
+        found = {key: name[0] for key, name in live.items() if name is not None}
         missing = _missing(self.model, set(found.values()))
         if missing:
             raise CheckpointError(
@@ -337,28 +329,10 @@ def _on_meta(checkpoint: Checkpoint, model_class: Any) -> Any:
             "Building a model from its config.json needs transformers: pip install 'weft[hf]'."
         ) from None
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    if model_class is None:
-        names = config.architectures or ()
-        model_class = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
-        if model_class is None:
-            model_class = transformers.AutoModel._model_mapping.get(type(config), None)
-    if model_class is None:
-        raise CheckpointError(
-            f"{checkpoint.name}: transformers {transformers.__version__} has no model for {list(config.architectures or ())}."
-        )
-    for part in (config, config.get_text_config()):
-        part.use_cache = False
-        part._experts_implementation = "eager"
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    with torch.device("meta"), quiet():
-        model = model_class._from_config(config, dtype=dtype)
-    return model.eval()
-
-
-def _conversions(model: nn.Module) -> list[Any]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return list(get_model_conversion_mapping(model))
+    try:
+        return on_meta(config, model_class)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from None
 
 
 def _missing(model: nn.Module, found: set[str]) -> list[str]:
@@ -405,17 +379,3 @@ def _to_meta(module: nn.Module) -> None:
         if buffer is not None and name not in module._non_persistent_buffers_set:
             module._buffers[name] = torch.empty_like(buffer, device="meta")
     module.__dict__.pop("_is_hf_initialized", None)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of transformers, which draws one for each block that is loaded."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

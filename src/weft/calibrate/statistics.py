@@ -107,7 +107,11 @@ class Statistics:
 
     def norm(self, layer: str) -> Tensor:
         """‖x‖₂ of each input channel over all rows."""
-        return self._of_layer(layer, "square_sum").sqrt()
+        return self.square_sum(layer).sqrt()
+
+    def square_sum(self, layer: str) -> Tensor:
+        """Σ x² of each input channel over all rows."""
+        return self._of_layer(layer, "square_sum")
 
     def percentile(self, layer: str, share: float) -> float:
         """The value below which a share of all input values lies; see :func:`weft.calibrate.sums.percentile`."""

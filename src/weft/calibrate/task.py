@@ -62,6 +62,14 @@ class Change:
         """What is done to a layer that too few rows of inputs reached; None: the same."""
         return None
 
+    def scratch(self, rows: int, columns: int) -> float:
+        """Bytes that changing one layer takes beside the model and the statistics: copies in float32, codes, packing."""
+        return 36.0 * rows * columns
+
+    def nominal_bits(self, rows: int, columns: int) -> float:
+        """Bits a weight in files, about; 0 where it is not known beforehand."""
+        return 0.0
+
     def change_block(self, task: BlockTask) -> None:
         """Change the layers of a task."""
         for name in task.layers:

@@ -72,8 +72,7 @@ def _mask_in(block: Block) -> Callable[[Tensor], Tensor | None]:
     the encoder's states, those of the encoder's.
     """
     walk = block.walk
-    encodes = bool(getattr(getattr(walk.model, "config", None), "is_encoder_decoder", False))
-    decodes = encodes and any(block.name in stack for stack in walk.source.stacks[1:])
+    decodes = _decodes(block)
 
     def mask(x: Tensor) -> Tensor | None:
         batch = walk.batches[walk.batch_number]
@@ -81,6 +80,18 @@ def _mask_in(block: Block) -> Callable[[Tensor], Tensor | None]:
         return two_axes(batch, "decoder_attention_mask" if decodes and not crosses else "attention_mask")
 
     return mask
+
+
+def tokens_of(block: Block, batch: int) -> Tensor | None:
+    """Which of a block's tokens are not padding: (rows, tokens), or None where the batch does not say."""
+    return two_axes(block.walk.batches[batch], "decoder_attention_mask" if _decodes(block) else "attention_mask")
+
+
+def _decodes(block: Block) -> bool:
+    """Whether a block is of a decoder that follows an encoder."""
+    walk = block.walk
+    encodes = bool(getattr(getattr(walk.model, "config", None), "is_encoder_decoder", False))
+    return encodes and any(block.name in stack for stack in walk.source.stacks[1:])
 
 
 def two_axes(batch: Any, name: str) -> Tensor | None:

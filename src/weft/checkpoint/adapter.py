@@ -31,6 +31,7 @@ from weft.checkpoint.computed import (
     as_float32,
     computed,
 )
+from weft.checkpoint.live_names import live_names
 from weft.checkpoint.lora_config import LoraConfig
 from weft.checkpoint.lora_folder import CONFIG_FILE, MissPart, Part, open_adapter, read_adapter
 from weft.errors import CheckpointError, ShapeError
@@ -75,7 +76,8 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint, weight: float = 1.0) -> 
     where = f"{base.name}+{adapter.name}" + (f"*{weight:g}" if weight != 1 else "")
     model = _Model(base, where, weight)
     saved = [str(m) for m in adapter.config.get("modules_to_save") or ()]
-    place = find_places(parsed, model.tensors, saved, where, also=[HEAD] if model.embedding else [])
+    also = [HEAD] if model.embedding else []
+    place = find_places(parsed, model.tensors, saved, where, also, live=lambda: live_names(base))
     for name, tensor in parsed.originals.items():
         model.replace(place[name], tensor, alone=False)
     for name, tensor in parsed.whole.items():
@@ -218,7 +220,7 @@ class _Model:
             )
 
         def load() -> Factors:
-            return as_factors(as_float32(change)[:, None] * scale, np.ones((1, 1), np.float32))
+            return as_factors(as_float32(change)[:, None], np.ones((1, 1), np.float32), scale=scale)
 
         self.set_alone(name, computed(LowRankUpdate(self.weight(name), load, self._scratch, [change])))
 

@@ -1,13 +1,15 @@
-"""Where the tensors of an adapter belong in a base, also where the two call the same layers by other prefixes.
+"""Where the tensors of an adapter belong in a base, also where the two call the same layers otherwise.
 
-A checkpoint of the bare model lacks the wrapper's prefix (``transformer.``, ``model.``), and wrappers have been renamed.
+transformers renames layers when it loads them, so an adapter's names are the live model's and a base's those of files,
+or the other way around. A checkpoint of the bare model lacks the wrapper's prefix (``transformer.``, ``model.``).
 An adapter that does not find every one of its places is refused: what is silently not loaded is found out last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
+from weft.checkpoint.live_names import LiveNames
 from weft.checkpoint.lora_folder import Adapter
 from weft.errors import CheckpointError, did_you_mean
 
@@ -20,7 +22,12 @@ def holds(modules: Sequence[str], tensor: str) -> bool:
 
 
 def find_places(
-    adapter: Adapter, tensors: Collection[str], saved: Sequence[str], where: str, also: Sequence[str] = ()
+    adapter: Adapter,
+    tensors: Collection[str],
+    saved: Sequence[str],
+    where: str,
+    also: Sequence[str] = (),
+    live: Callable[[], LiveNames | None] | None = None,
 ) -> dict[str, str]:
     """Names of the base's tensors by the adapter's modules and tensors.
 
@@ -30,9 +37,11 @@ def find_places(
         saved: modules that the adapter holds whole; they may be new.
         where: how to call both in messages.
         also: names that are no tensors of the base and count as such.
+        live: how transformers renames the base's tensors, asked if they are not found by their own names.
 
     Raises:
-        CheckpointError: one has no place, also with another prefix; the message names the nearest.
+        CheckpointError: one has no place, also with another prefix; the message names the nearest. Or transformers makes
+            it from several tensors of the base.
     """
     paths = [(module, ".weight") for module in (*adapter.parts, *adapter.rows)]
     paths += [(name, "") for name in (*adapter.originals, *adapter.whole)]
@@ -56,6 +65,11 @@ def find_places(
     exact, lost = lay("", "")
     if not lost:
         return exact
+    names = live() if live is not None else None
+    if names is not None:
+        placed = names.places((exact[p] for p in lost), tensors, where)
+        if all(exact[p] in placed for p in lost):
+            return exact | {p: placed[exact[p]] for p in lost}
     options: list[dict[str, str]] = []
     for strip, add in _prefixes(lost[0], tensors):
         result, missing = lay(strip, add)

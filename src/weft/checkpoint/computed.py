@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from weft.checkpoint.dtypes import DTYPES
 from weft.checkpoint.header import TensorInfo
 from weft.errors import CheckpointError
 from weft.kernels.convert import to_float32
-from weft.kernels.jit import reduction
+from weft.kernels.jit import fused
 
 STEP = 4  # ranks are padded to a multiple of it
 _TILE = 512  # columns of four rows and four factors that stay in the first-level cache
@@ -111,7 +112,7 @@ class RowBlocks:
 
 @dataclass(frozen=True)
 class Factors:
-    """A low-rank change of a weight: ``left`` (rows, rank) times ``right`` (rank, columns), scale included.
+    """A low-rank change of a weight: ``scale`` times ``left`` (rows, rank) times ``right`` (rank, columns).
 
     Both are float32 in row order, and the rank is a multiple of ``STEP``: :func:`as_factors` pads it with zeros.
     ``magnitude`` is DoRA's learned length of each output, which is a row of the stored weight, or a column.
@@ -121,10 +122,11 @@ class Factors:
     right: np.ndarray
     magnitude: np.ndarray | None = None
     by_column: bool = False
+    scale: float = 1.0
 
 
 class LowRankUpdate(RowBlocks):
-    """W₀ + left · right; with a magnitude m, the same scaled so that each output has the length m."""
+    """W₀ + scale · left · right; with a magnitude m, the same scaled so that each output has the length m."""
 
     def __init__(
         self, base: LazyTensor, load: Callable[[], Factors], scratch: Scratch, sources: Sequence[LazyTensor] = ()
@@ -161,7 +163,7 @@ class LowRankUpdate(RowBlocks):
 
     def _add(self, values: np.ndarray, first: int) -> None:
         factors = self._scratch.factors
-        add_product(factors.left[first : first + len(values)], factors.right, values)
+        add_product(factors.left[first : first + len(values)], factors.right, np.float32(factors.scale), values)
 
     def close(self) -> None:
         """See :class:`weft.checkpoint.files.ByteSource`."""
@@ -262,20 +264,24 @@ def _ratio(wanted: np.ndarray | None, lengths: np.ndarray) -> np.ndarray:
     return result.astype(np.float32)
 
 
-def as_factors(left: np.ndarray, right: np.ndarray, magnitude: np.ndarray | None = None, **more: bool) -> Factors:
+def as_factors(left: np.ndarray, right: np.ndarray, magnitude: np.ndarray | None = None, **more: Any) -> Factors:
     """Factors for :func:`add_product` from float32 arrays (rows, rank) and (rank, columns) in any order."""
     padding = -left.shape[1] % STEP
     left, right = np.pad(left, ((0, 0), (0, padding))), np.pad(right, ((0, padding), (0, 0)))
     return Factors(np.ascontiguousarray(left), np.ascontiguousarray(right), magnitude, **more)
 
 
-@reduction
-def add_product(left, right, out):  # (rows, rank), (rank, columns) -> += (rows, columns); rank a multiple of 4
+@fused
+def add_product(left, right, scale, out):  # (rows, rank), (rank, columns), scale -> += (rows, columns); rank by fours
+    # Each value is summed over the rank in order, from zero, then scaled and added: as BLAS does for the ranks of
+    # adapters, so that a weight in a file has the bits that merging the live model gives it.
     whole = out.shape[0] - out.shape[0] % 4
+    sums = np.empty((4, _TILE), np.float32)
     for start in range(0, out.shape[1], _TILE):
         stop = min(start + _TILE, out.shape[1])
+        w, x, y, z = sums[0, : stop - start], sums[1, : stop - start], sums[2, : stop - start], sums[3, : stop - start]
         for i in range(0, whole, 4):
-            w, x, y, z = out[i, start:stop], out[i + 1, start:stop], out[i + 2, start:stop], out[i + 3, start:stop]
+            sums[:] = 0
             for k in range(0, left.shape[1], 4):
                 w0, w1, w2, w3 = left[i, k], left[i, k + 1], left[i, k + 2], left[i, k + 3]
                 x0, x1, x2, x3 = left[i + 1, k], left[i + 1, k + 1], left[i + 1, k + 2], left[i + 1, k + 3]
@@ -285,13 +291,20 @@ def add_product(left, right, out):  # (rows, rank), (rank, columns) -> += (rows,
                 c, d = right[k + 2, start:stop], right[k + 3, start:stop]
                 for j in range(w.size):
                     aj, bj, cj, dj = a[j], b[j], c[j], d[j]
-                    w[j] += w0 * aj + w1 * bj + w2 * cj + w3 * dj
-                    x[j] += x0 * aj + x1 * bj + x2 * cj + x3 * dj
-                    y[j] += y0 * aj + y1 * bj + y2 * cj + y3 * dj
-                    z[j] += z0 * aj + z1 * bj + z2 * cj + z3 * dj
+                    w[j] = w[j] + w0 * aj + w1 * bj + w2 * cj + w3 * dj
+                    x[j] = x[j] + x0 * aj + x1 * bj + x2 * cj + x3 * dj
+                    y[j] = y[j] + y0 * aj + y1 * bj + y2 * cj + y3 * dj
+                    z[j] = z[j] + z0 * aj + z1 * bj + z2 * cj + z3 * dj
+            for row in range(4):
+                goal, total = out[i + row, start:stop], sums[row]
+                for j in range(goal.size):
+                    goal[j] = goal[j] + scale * total[j]
         for i in range(whole, out.shape[0]):
-            w = out[i, start:stop]
+            w[:] = 0
             for k in range(left.shape[1]):
                 w0, a = left[i, k], right[k, start:stop]
                 for j in range(w.size):
-                    w[j] += w0 * a[j]
+                    w[j] = w[j] + w0 * a[j]
+            goal = out[i, start:stop]
+            for j in range(goal.size):
+                goal[j] = goal[j] + scale * w[j]

@@ -17,6 +17,7 @@ import xxhash
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.dtypes import DTYPES, DType, dtype_of
 from weft.checkpoint.folder import read_json
+from weft.checkpoint.live_names import live_names
 from weft.errors import CheckpointError
 from weft.kernels.convert import OUTPUT_DTYPES, from_float32, to_float32
 
@@ -94,13 +95,15 @@ def check_base(adapter: Checkpoint, base: Checkpoint) -> str:
         other = f", and names {named!r}" if named and named != base.name.rpartition("/")[2] else ""
         return f"not checked: the adapter has no fingerprint of its base{other}"
     found = {}
+    names = None if all(n in base for n in said) else live_names(base)
+    renamed = names.places(said, base) if names is not None else {}
     for name in said:
-        place = name if name in base else _other_prefix(name, base)
+        place = name if name in base else renamed.get(name) or _other_prefix(name, base)
         if place is not None and base[place].dtype.name in OUTPUT_DTYPES:
             found[name] = fingerprint(base[place])
     wrong = differing(said, found)
     if wrong:
-        raise CheckpointError(another_base(adapter.name, wrong, len(found), "--no-check-base"))
+        raise CheckpointError(another_base(adapter.name, wrong, len(found)))
     if not found:
         return "not checked: the base's tensors have other names, or are packed"
     return f"the same ({len(found)} of {len(said)} tensors compared)"
@@ -112,11 +115,11 @@ def _other_prefix(name: str, base: Checkpoint) -> str | None:
     return found[0] if len(found) == 1 and "." in found[0] else None
 
 
-def another_base(where: str, other: list[str], count: int, anyway: str) -> str:
+def another_base(where: str, other: list[str], count: int) -> str:
     """The message for a base that is not the one an adapter was trained on."""
     return (
         f"{where}: was trained on another base: {len(other)} of {count} weights differ from it, such as {other[0]}. Take the "
-        f"base that it was trained on (its name is in weft.json); to put it on this one all the same, pass {anyway}."
+        f"base that it was trained on (its name is in weft.json); to put it on this one all the same, pass check_base=False."
     )
 
 

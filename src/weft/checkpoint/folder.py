@@ -30,12 +30,16 @@ def open_path(path: Path) -> Checkpoint:
         from weft.checkpoint.torch_files import from_torch_files
 
         return from_torch_files([path], path.name)
+    if path.suffix == ".gguf":
+        from weft.checkpoint.gguf import open_gguf
+
+        return open_gguf(path)
     if path.name.endswith(".safetensors.index.json"):
         return from_safetensors([], path.resolve().parent.name, folder=path.parent, index=path)
     if path.name == TORCH_INDEX:
         return _open_torch_index(path)
     raise CheckpointError(
-        f"{path}: not a kind of file that weft reads. Give a folder, a .safetensors file, "
+        f"{path}: not a kind of file that weft reads. Give a folder, a .safetensors or .gguf file, "
         "or a torch file (.bin, .pt, .pth, .ckpt)."
     )
 
@@ -157,10 +161,19 @@ def _open_folder(folder: Path) -> Checkpoint:
         if found:
             _check_numbering(found)
             return from_torch_files(found, name, folder=folder)
+    files = sorted(folder.glob("*.gguf"))
+    if files and (len(files) == 1 or len({re.sub(r"-\d{5}-of-", "", p.name) for p in files}) == 1):
+        opened = open_path(files[0])
+        opened.folder = folder
+        if (folder / "config.json").is_file():
+            opened.config = read_json(folder / "config.json")
+        return opened
+    if files:
+        raise CheckpointError(f"{folder}: holds {len(files)} GGUF models. Name the file, such as {files[0].name}.")
     inner = sorted(p.parent.name for n in ("config.json", "adapter_config.json") for p in folder.glob(f"*/{n}"))
     hint = f" Its subfolder {inner[-1]!r} looks like one." if inner else ""
     raise CheckpointError(
-        f"{folder}: holds no weights (no .safetensors, .bin, .pt or .pth file, no adapter_config.json).{hint} "
+        f"{folder}: holds no weights (no .safetensors, .bin, .pt, .pth or .gguf file, no adapter_config.json).{hint} "
         "Check that the path is the model's folder and that the download finished."
     )
 

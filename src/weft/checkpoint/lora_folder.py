@@ -94,11 +94,11 @@ class Part:
     def load(self, flipped: bool) -> Factors:
         """The factors of the weight as stored, in float32."""
         down, up = as_float32(self.down), as_float32(self.up)
-        down, up = down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1) * self.scale
+        down, up = down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1)
         magnitude = None if self.magnitude is None else as_float32(self.magnitude).reshape(-1)
         if flipped:
-            return as_factors(down.T, up.T, magnitude, by_column=magnitude is not None)
-        return as_factors(up, down, magnitude)
+            return as_factors(down.T, up.T, magnitude, by_column=magnitude is not None, scale=self.scale)
+        return as_factors(up, down, magnitude, scale=self.scale)
 
     def source(self, base: LazyTensor, config: LoraConfig, scratch: Scratch, weight: float) -> RowBlocks:
         """The changed weight; ``weight`` scales the change."""
@@ -147,11 +147,11 @@ class MissPart:
             return BlockAffine(base, lambda: as_float32(self.block) * np.float32(weight), scratch, self.block)
 
         def load() -> Factors:
-            block = as_float32(self.block) * np.float32(weight)
+            block = as_float32(self.block)
             rank, columns = len(block), base.shape[1]
             up = np.tile(block.T, (base.shape[0] // block.shape[1], 1))
             down = np.tile(np.eye(rank, dtype=np.float32), (1, -(-columns // rank)))[:, :columns]
-            return as_factors(up, down)
+            return as_factors(up, down, scale=weight)
 
         return LowRankUpdate(base, load, scratch, self.stored)
 

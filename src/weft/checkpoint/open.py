@@ -19,8 +19,8 @@ def open_checkpoint(model: str | os.PathLike[str] | Mapping[str, Any] | Checkpoi
     """Open a model without reading its weights.
 
     Args:
-        model: a folder (Hugging Face layout, or any ``.safetensors`` files), a file (``.safetensors``, ``.bin``,
-            ``.pt``, ``.pth``), ``base+adapter`` (a PEFT LoRA folder on top of a base), a Hub id
+        model: a folder (Hugging Face layout, or any ``.safetensors`` files), a file (``.safetensors``, ``.gguf``,
+            ``.bin``, ``.pt``, ``.pth``), ``base+adapter`` (a PEFT LoRA folder on top of a base), a Hub id
             ``org/name@revision``, or a mapping of names to torch or numpy tensors.
 
     A quantised model's packed layers are shown as the plain weights that they stand for, computed when they are read.

@@ -1,11 +1,12 @@
 """Quantised models: plain weights that are computed when they are read, in the place of the packed tensors.
 
-One matrix at a time is unpacked, and each thread keeps the last one until it has been read to its end.
+One matrix at a time is unpacked. Each thread keeps the codes of the one that it reads (a byte or two for a weight), and
+computes its weights in blocks of rows; forms without rows are kept as float32.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.dtypes import DTYPES, DType, dtype_of
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 KEY = "quantization_config"
 _BESIDE = "quantize_config.json"  # where older GPTQ models say it
+_MOST = 4096  # weights that a byte can stand for: one index of eight bits into vectors of any real length
+_ROWS = 128  # a block's rows are a multiple: blocks of scales are as high
+_BLOCK = 1 << 22  # weights in a block
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -44,10 +49,11 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     from weft.packed.formats import read_with
 
+    label = checkpoint.name
     try:
         form = read_with(settings)
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.name}: {error}") from None
+        raise CheckpointError(f"{label}: {error}") from None
     files = checkpoint.tensors
     layers = form.layers(files, settings)
     stored = _stored(checkpoint, {name for parts in layers.values() for name in parts})
@@ -64,23 +70,25 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     for layer, parts in layers.items():
 
         def load(layer: str = layer) -> Packed:
-            return form.read(layer, get, settings)
+            try:
+                return form.read(layer, get, settings)
+            except CheckpointError as error:
+                raise CheckpointError(f"{label}: {error}") from None
 
         name = form.plain_name(layer)
         try:
             shape = form.shape(layer, shapes, get, settings)
         except CheckpointError as error:
-            raise CheckpointError(f"{checkpoint.name}: {error}") from None
+            raise CheckpointError(f"{label}: {error}") from None
+        nbytes = sum(files[part].nbytes for part in parts)
+        if math.prod(shape) > _MOST * nbytes:
+            raise CheckpointError(
+                f"{label}: {name} is said to be {list(shape)}, which its {nbytes:,} packed bytes cannot hold. The file is "
+                "damaged or hostile; do not use it."
+            )
         if name in files and name not in parts:
-            raise CheckpointError(f"{checkpoint.name}: has {name} packed, and plain too. Remove one of them.")
-
-        def values(load: Callable[[], Packed] = load, shape: tuple[int, ...] = shape, name: str = name) -> np.ndarray:
-            made = form.plain(load().dequantize(), shape)
-            if tuple(made.shape) != shape:
-                raise CheckpointError(f"{checkpoint.name}: {name} is {list(made.shape)} and should be {list(shape)}.")
-            return made.contiguous().numpy()
-
-        source = _Dequantized(name, math.prod(shape) * 4, values, [files[part] for part in parts], scratch)
+            raise CheckpointError(f"{label}: has {name} packed, and plain too. Remove one of them.")
+        source = _Dequantized(name, shape, load, form.plain, [files[part] for part in parts], scratch)
         info = TensorInfo(name, DTYPES["F32"], shape, 0, source.size)
         plain[name] = LazyTensor(info, source, stored)
         packed[layer] = load
@@ -89,6 +97,9 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     checkpoint.tensors = dict(sorted({**kept, **plain}.items(), key=lambda item: natural_key(item[0])))
     checkpoint.config = {key: value for key, value in checkpoint.config.items() if key != KEY}
     checkpoint.packed = packed
+    if checkpoint.fingerprint:  # the same bytes with other settings are other weights
+        said = json.dumps(settings, sort_keys=True, default=str).encode()
+        checkpoint.fingerprint += f"|{KEY}:{xxhash.xxh3_64_hexdigest(said)}"
     return checkpoint
 
 
@@ -115,21 +126,38 @@ def _stored(checkpoint: Checkpoint, packed: set[str]) -> DType:
 
 
 class _Scratch(threading.local):
-    """The last matrix of a thread, and whose it is."""
+    """What a thread keeps between reads: a packed matrix, and the rows of it that it saw last."""
 
     owner: object = None
+    packed: Packed | None = None
+    number = -1
     values = np.empty(0, np.uint8)
 
+    def forget(self) -> None:
+        """Let go of everything."""
+        self.owner, self.packed, self.number, self.values = None, None, -1, np.empty(0, np.uint8)
 
-@dataclasses.dataclass
+
+_UNPACKING = threading.Lock()  # a matrix takes several times its size while it is unpacked: one at a time
+
+
 class _Dequantized:
-    """The bytes of a dequantised weight in float32."""
+    """The bytes of a dequantised weight in float32, computed in blocks of rows where its form has rows."""
 
-    name: str
-    size: int
-    values: Callable[[], np.ndarray]
-    parts: list[LazyTensor]
-    scratch: _Scratch
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        load: Callable[[], Packed],
+        plain: Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor],
+        parts: list[LazyTensor],
+        scratch: _Scratch,
+    ):
+        self.name, self.shape, self.size = name, shape, math.prod(shape) * 4
+        self._load, self._plain, self._parts, self._scratch = load, plain, parts, scratch
+        width = math.prod(shape[1:])
+        rows = max(_ROWS, _BLOCK // width // _ROWS * _ROWS) if len(shape) == 2 else shape[0]
+        self._rows, self._step = rows, rows * width * 4
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """See :class:`weft.checkpoint.files.ByteSource`."""
@@ -138,17 +166,45 @@ class _Dequantized:
             raise CheckpointError(
                 f"{self.name}: read beyond its end ({offset + target.size:,} of {self.size:,} bytes)."
             )
-        scratch = self.scratch
-        if scratch.owner is not self:
-            scratch.owner, scratch.values = None, np.empty(0, np.uint8)  # never two at once
-            scratch.values = self.values().reshape(-1).view(np.uint8)
-            scratch.owner = self
-        target[:] = scratch.values[offset : offset + target.size]
+        done = 0
+        while done < target.size:
+            number, within = divmod(offset + done, self._step)
+            block = self._block(number)
+            count = min(target.size - done, block.size - within)
+            target[done : done + count] = block[within : within + count]
+            done += count
         if offset + target.size == self.size:
-            scratch.owner, scratch.values = None, np.empty(0, np.uint8)
+            self._scratch.forget()
+
+    def _block(self, number: int) -> np.ndarray:
+        scratch = self._scratch
+        if scratch.owner is not self:
+            scratch.forget()
+            with _UNPACKING:
+                packed = self._load()
+                whole = self._step >= self.size or packed.part(self._rows, self._rows + 1) is None
+                if whole:
+                    scratch.values = self._values(packed, self.shape)
+            scratch.owner, scratch.packed = self, None if whole else packed
+        if scratch.packed is None:
+            return scratch.values[number * self._step : (number + 1) * self._step]
+        if scratch.number != number:
+            scratch.number = -1
+            first = number * self._rows
+            last = min(first + self._rows, self.shape[0])
+            part = scratch.packed.part(first, last)
+            assert part is not None
+            scratch.values, scratch.number = self._values(part, (last - first, self.shape[1])), number
+        return scratch.values
+
+    def _values(self, packed: Packed, shape: tuple[int, ...]) -> np.ndarray:
+        made = self._plain(packed.dequantize(), shape)
+        if tuple(made.shape) != shape:
+            raise CheckpointError(f"{self.name}: {list(made.shape)} is packed where {list(shape)} should be.")
+        return made.contiguous().numpy().reshape(-1).view(np.uint8)
 
     def close(self) -> None:
         """See :class:`weft.checkpoint.files.ByteSource`."""
-        self.scratch.owner, self.scratch.values = None, np.empty(0, np.uint8)
-        for part in self.parts:
+        self._scratch.forget()
+        for part in self._parts:
             part.source.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from weft.cli import quantizing
 from weft.errors import RecipeError, WeftError, did_you_mean
 
 app = typer.Typer(
@@ -75,10 +77,22 @@ def main() -> None:
 
 
 def _fail(error: WeftError) -> None:
+    message = as_typed(str(error))
     if "--json" in sys.argv:
-        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-    print(f"error: {error}", file=sys.stderr)
+        print(json.dumps({"error": type(error).__name__, "message": message}))
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(error.exit_code)
+
+
+def as_typed(message: str) -> str:
+    """A message that names arguments of Python's functions, with the options that one types instead.
+
+    >>> as_typed('replace it with force=True, or choose missing="skip"')
+    'replace it with --force, or choose --missing skip'
+    """
+    message = message.replace("check_base=False", "--no-check-base").replace("max_change", "--max-change")
+    message = re.sub(r'\b(missing|mismatch)="(\w+)"', r"--\1 \2", message).replace("base=…", "--base")
+    return re.sub(r"\b(force|allow_non_finite)=True", lambda found: "--" + found[1].replace("_", "-"), message)
 
 
 @app.command(epilog="Example: weft run recipe.yaml -o merged/ --dry-run")
@@ -192,17 +206,56 @@ def align(
     print(json.dumps(facts) if as_json else align_text(facts))
 
 
-@app.command(epilog="Example: weft convert pytorch_model.bin -o model.safetensors")
+@app.command(
+    epilog="Example: weft convert pytorch_model.bin -o model.safetensors, or weft convert model/ -o model.gguf -t q4_0"
+)
 def convert(
-    model: Annotated[str, typer.Argument(help="What to read: .bin, .pt, folder, base+adapter, Hub id.")],
-    output: Out,
+    model: Annotated[str, typer.Argument(help="What to read: .bin, .pt, .gguf, folder, base+adapter, Hub id.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder to make, or one file that ends in .safetensors or .gguf.")
+    ],
     dtype: Dtype = "",
     shard_size: Annotated[str, typer.Option("--shard-size", help="Largest output file.")] = "5GB",
+    kind: Annotated[
+        str, typer.Option("--type", "-t", help="GGUF: type of matrices, f32, f16, bf16, q8_0 or q4_0 (default: q8_0).")
+    ] = "",
+    embeddings: Annotated[
+        str, typer.Option("--embeddings", help="GGUF: type of embedding and output head (default: q8_0 beside q4_0).")
+    ] = "",
+    imatrix: Annotated[
+        str, typer.Option("--imatrix", help="GGUF: importance matrix, or folder of statistics, for the scales of q4_0.")
+    ] = "",
+    pre_tokenizer: Annotated[
+        str, typer.Option("--pre-tokenizer", help="GGUF: llama.cpp's name of how the tokenizer cuts text.")
+    ] = "",
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model as safetensors, without running anything that its files contain."""
+    """Write a model as safetensors or GGUF, without running anything that its files contain."""
+    from weft.cli.convert import gguf_command, gguf_text, note_of
+
+    if output.endswith(".gguf"):
+        from weft.engine.progress import default_progress
+
+        if dtype:
+            raise RecipeError(
+                "A GGUF file has types of its own: give --type f32, f16, bf16, q8_0 or q4_0, and no --dtype."
+            )
+        with _progress(default_progress(quiet)) as progress:
+            facts = gguf_command(
+                model, output, kind=kind or "q8_0", embeddings=embeddings, imatrix=imatrix, pre_tokenizer=pre_tokenizer,
+                force=force, progress=progress,
+            )  # fmt: skip
+        print(json.dumps(facts) if as_json else gguf_text(facts))
+        return
+    if kind or embeddings or imatrix or pre_tokenizer:
+        raise RecipeError(
+            "--type, --embeddings, --imatrix and --pre-tokenizer are for GGUF: let the output end in .gguf."
+        )
+    note = note_of(model, output)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     step = {"method": "passthrough", "models": [model], "exclude": ["*"]}
     recipe = {"steps": [step], "output": {"shard_size": shard_size, **({"dtype": dtype} if dtype else {})}}
     _execute({**recipe, "allow_non_finite": True}, output, False, force, None, "", as_json, quiet)
@@ -528,6 +581,15 @@ def calibrate(
             dry_run=dry_run, force=force, as_json=as_json, progress=progress,
         )  # fmt: skip
     print(text)
+
+
+app.command(
+    context_settings=_METHOD_OPTIONS,
+    epilog="Example: weft quantize model/ --method gptq --bits 4 --group-size 128 --data texts.jsonl -o model-w4/",
+)(quantizing.quantize)
+app.command("eval", epilog="Example: weft eval model-w4/ texts.jsonl --against model/")(quantizing.evaluate)
+app.command(epilog="Example: weft check model-w4/ --for vllm --tensor-parallel 2")(quantizing.check)
+app.command(epilog='Example: weft generate model-w4/ "def main("')(quantizing.generate)
 
 
 @app.command(epilog='Example: weft papers "fine-tunes interfere"')

@@ -21,6 +21,7 @@ import numpy as np
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.computed import as_float32
 from weft.checkpoint.dtypes import DType, dtype_of
+from weft.checkpoint.live_names import live_names
 from weft.checkpoint.lora_folder import PREFIX, Adapter, Part, read_adapter
 from weft.checkpoint.open import natural_key, open_checkpoint
 from weft.edit.adapter_report import AdapterReport
@@ -196,20 +197,26 @@ def _add_whole(
         report.saved.append(name)
         return
     complete = len(held) == len(adapters) and abs(sum(weights) - 1) < 1e-9
-    if not complete and (base is None or name not in base or base[name].shape != tensors[0].shape):
+    start = None if base is None else _of_base(name, base)
+    if not complete and (start is None or start.shape != tensors[0].shape):
         raise CheckpointError(
             f"{name}: {len(held)} of {len(adapters)} adapters hold it whole and the weights sum to {sum(weights):g}, so the "
             "base's tensor is needed for the sum: name the base, or use weights that sum to 1."
         )
-    values = (
-        np.zeros(tensors[0].shape) if base is None or complete else (1 - sum(w for w, _ in held)) * _wide(base[name])
-    )
+    values = np.zeros(tensors[0].shape) if start is None or complete else (1 - sum(w for w, _ in held)) * _wide(start)
     for weight, tensor in held:
         values = values + weight * _wide(tensor)
     dtype = tensors[0].dtype
     key = name.replace(".bias", ".base_layer.bias") if name.removesuffix(".bias") in report.ranks else name
     writer.add(PREFIX + key, from_float32(values.astype(np.float32), dtype), dtype, tensors[0].shape)
     report.saved.append(name)
+
+
+def _of_base(name: str, base: Checkpoint) -> LazyTensor | None:
+    """The base's tensor, whose files may have another name for it than the live model and its adapters."""
+    names = None if name in base else live_names(base)
+    place = name if names is None else names.places([name], base).get(name, name)
+    return base.tensors.get(place)
 
 
 def _wide(tensor: LazyTensor) -> np.ndarray:

@@ -61,13 +61,13 @@ class AdapterWriter:
         if self.output.exists():
             ours = self.output.is_dir() and ((self.output / REPORT_FILE).is_file() or not any(self.output.iterdir()))
             if not self._force or not ours:
-                fix = "Choose another output" + ("." if self._force else ", or replace it with --force.")
+                fix = "Choose another output" + ("." if self._force else ", or replace it with force=True.")
                 made = " and was not made by weft" if self._force else ""
                 raise OutputError(f"{self.output}: exists already{made}. {fix}")
         self._work.acquire()
         if self._work.read()[0] is not None and not self._force:
             self._work.release()
-            raise OutputError(f"{self._work.root}: holds an unfinished run. Finish it, or start over with --force.")
+            raise OutputError(f"{self._work.root}: holds an unfinished run. Finish it, or start over with force=True.")
         shutil.rmtree(self._work.files, ignore_errors=True)
         self._work.files.mkdir()
         self._spool = (self._work.root / "spool").open("wb+")

@@ -27,11 +27,16 @@ def feed(model: nn.Module, batch: Any) -> Any:
         batch: a tensor, a tuple or list of positional arguments, or a mapping of named ones.
 
     Raises:
-        RecipeError: it is text.
+        RecipeError: it is text, or an embedding has no row of a number in it.
 
     >>> feed(nn.Identity(), (torch.ones(2),))
     tensor([1., 1.])
     """
+    with _rows_are_there(model):
+        return _call(model, batch)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     positional = batch if isinstance(batch, tuple | list) else [batch]
@@ -41,6 +46,34 @@ def feed(model: nn.Module, batch: Any) -> Any:
             'tokenizer(texts, padding=True, return_tensors="pt").'
         )
     return model(*positional)
+
+
+@contextmanager
+def _rows_are_there(model: nn.Module) -> Iterator[None]:
+    """For the length of a ``with``: check what embeddings look up, which fails late and without a name on a GPU."""
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def check(module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            rows = args[0] if args else named.get("input")
+            if not isinstance(rows, Tensor) or not rows.numel() or rows.is_meta:
+                return
+            low, high, size = int(rows.min()), int(rows.max()), int(module.num_embeddings)
+            if low < 0 or high >= size:
+                raise RecipeError(
+                    f"the data hold the id {low if low < 0 else high}, and {path or 'the embedding'} has {size:,} rows, of the "
+                    f"ids 0 to {size - 1:,}. Ids of tokens come from another tokenizer, or tokens were added without "
+                    "model.resize_token_embeddings(len(tokenizer)); ids of positions, from texts that are too long."
+                )
+
+        return check
+
+    tables = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    handles = [m.register_forward_pre_hook(hook(p), with_kwargs=True) for p, m in tables]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""A changed copy of a checkpoint, written tensor by tensor as they are made: same names, shapes and types."""
+"""A changed copy of a checkpoint, written tensor by tensor as they are made: same names, shapes and types.
+
+Tensors that are computed when they are read (adapted, dequantised) are written in the type that they would have in a file.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.header import build_header
 from weft.checkpoint.open import open_path
 from weft.engine.journal import WorkFolder, sync_folder
@@ -21,6 +24,7 @@ from weft.engine.plan import COPY_BYTES, index_file, split_into_shards
 from weft.engine.run import REPORT_FILE
 from weft.engine.writer import ShardWriter
 from weft.errors import OutputError
+from weft.kernels.convert import from_float32
 
 SHARD_BYTES = 5_000_000_000
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -68,7 +72,7 @@ class CheckpointWriter:
         self._force = force
         self._work = work or WorkFolder(self.output)
         self._owns_work = work is None
-        self._shards = split_into_shards({n: t.nbytes for n, t in checkpoint.items()}, shard_bytes)
+        self._shards = split_into_shards({n: _nbytes(t) for n, t in checkpoint.items()}, shard_bytes)
         self._writers: dict[str, ShardWriter] = {}
         self._published = False
 
@@ -80,7 +84,7 @@ class CheckpointWriter:
             shutil.rmtree(self._work.files, ignore_errors=True)
             self._work.files.mkdir()
             for shard, names in self._shards.items():
-                infos = ((n, self._checkpoint[n].dtype, self._checkpoint[n].shape) for n in names)
+                infos = ((n, self._checkpoint[n].natural_dtype, self._checkpoint[n].shape) for n in names)
                 prefix, header = build_header(infos, {})
                 writer = ShardWriter(self._work.files / shard, prefix, header)
                 writer.create()
@@ -97,7 +101,7 @@ class CheckpointWriter:
             self._work.remove()
 
     def write(self, name: str, bits: np.ndarray) -> None:
-        """Write one tensor, given as the bits of its elements in the checkpoint's type.
+        """Write one tensor, given as the bits of its elements in the checkpoint's (natural) type.
 
         Raises:
             OutputError: it has another size than in the checkpoint.
@@ -141,8 +145,12 @@ class CheckpointWriter:
         for start in range(0, tensor.nbytes, COPY_BYTES):
             part = buffer[: min(COPY_BYTES, tensor.nbytes - start)]
             tensor.read_into(part.data, start)
-            digest.update(part.data)
-            writer.write(part.data, offset + start)
+            raw = part
+            if tensor.natural_dtype is not tensor.dtype:
+                raw = from_float32(part.view(np.float32), tensor.natural_dtype).view(np.uint8)
+            digest.update(raw.data)
+            writer.write(raw.data, offset)
+            offset += raw.nbytes
         self.written[name] = digest.hexdigest()
 
     def _write_files(self, report: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -152,8 +160,11 @@ class CheckpointWriter:
                 wanted = any(fnmatch(source.name, p) for p in _COMPANIONS)
                 if wanted and not any(fnmatch(source.name, p) for p in _NOT_COPIED) and source.is_file():
                     shutil.copyfile(source, folder / source.name)
+            if self._checkpoint.packed:  # what is written is dense, and the model's own files say otherwise
+                (folder / "config.json").write_text(json.dumps(self._checkpoint.config, indent=2) + "\n")
+                (folder / "quantize_config.json").unlink(missing_ok=True)
             if len(self._shards) > 1:
-                index = index_file(self._shards, sum(t.nbytes for t in self._checkpoint.values()))
+                index = index_file(self._shards, sum(map(_nbytes, self._checkpoint.values())))
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
             (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             for name, text in files.items():
@@ -180,6 +191,10 @@ def check_target(checkpoint: Checkpoint, output: Path, force: bool) -> None:
     if not (output.exists() or output.is_symlink()):
         return
     if not force:
-        raise OutputError(f"{output}: exists already. Choose another output, or replace it with force.")
+        raise OutputError(f"{output}: exists already. Choose another output, or replace it with force=True.")
     if not (output.is_dir() and ((output / REPORT_FILE).is_file() or not any(output.iterdir()))):
         raise OutputError(f"{output}: exists and was not made by weft, so it is not replaced. Remove it yourself.")
+
+
+def _nbytes(tensor: LazyTensor) -> int:
+    return tensor.natural_dtype.nbytes(tensor.size)

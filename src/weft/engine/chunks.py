@@ -228,7 +228,7 @@ class Inputs:
                 raise NonFiniteError(
                     f"{self.name}: input {self._label(position)} holds NaN or infinity "
                     f"({bad} in this part, the first at flat index {where}). The checkpoint is damaged or its training "
-                    "diverged. Leave the model out, or pass --allow-non-finite to let such values through."
+                    "diverged. Leave the model out, or pass allow_non_finite=True to let such values through."
                 )
             if start + count >= self.size:
                 self._checked.add(position)

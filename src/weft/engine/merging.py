@@ -60,7 +60,7 @@ class MergeMethod(Method):
             need = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
             raise RecipeError(f"{self.name} needs {need} model(s) besides the base, got {count}.")
         if self.base == "required" and not has_base:
-            raise RecipeError(f"{self.name} works on differences from a common start: name it (base, --base).")
+            raise RecipeError(f"{self.name} works on differences from a common start: name it (base=…).")
         if self.base == "none" and has_base:
             raise RecipeError(f"{self.name} has no use for a base model; leave it out, or list it among the models.")
 

@@ -142,13 +142,13 @@ def _check_target(target: Path, plan: Plan, force: bool) -> None:
     if not (target.exists() or target.is_symlink()):
         return
     if not force:
-        raise OutputError(f"{target}: exists already. Choose another output, or replace it with --force.")
+        raise OutputError(f"{target}: exists already. Choose another output, or replace it with force=True.")
     replaceable = target.is_file() and target.suffix == ".safetensors" and plan.single_file
     if target.is_dir() and not plan.single_file:
         replaceable = (target / REPORT_FILE).is_file() or not any(target.iterdir())
     if not replaceable:
         raise OutputError(
-            f"{target}: exists and was not made by weft, so --force does not replace it. Remove it yourself."
+            f"{target}: exists and was not made by weft, so force=True does not replace it. Remove it yourself."
         )
 
 
@@ -182,7 +182,7 @@ def _begin(work: WorkFolder, plan: Plan, force: bool) -> tuple[dict[str, str], d
             changes = "\n".join(_differences(identity, _plain(plan.identity)))
             raise OutputError(
                 f"{work.root}: holds an unfinished run of a different recipe or of inputs that have changed:\n{changes}\n"
-                "Run the old recipe to finish it, or start over with --force."
+                "Run the old recipe to finish it, or start over with force=True."
             )
     for writer in writers.values():
         writer.close()
@@ -308,7 +308,7 @@ def _put(
         if bad:
             raise NonFiniteError(
                 f"{output.name}: the result holds {bad} values that {output.dtype.name} cannot represent "
-                "(NaN or infinity). Check weights and scales, choose a wider dtype, or pass --allow-non-finite."
+                "(NaN or infinity). Check weights and scales, choose a wider dtype, or pass allow_non_finite=True."
             )
     raw = bits.view(np.uint8)
     digest.update(raw.data)

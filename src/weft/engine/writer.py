@@ -1,4 +1,4 @@
-"""Safetensors files written in place: header first, space reserved, tensors at their offsets in any order."""
+"""Files of weights written in place: header first, space reserved, tensors at their offsets in any order."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from weft.errors import OutputError
 
 
 class ShardWriter:
-    """One output file of known layout. Writes use ``pwrite``, from any thread."""
+    """One output file of known layout and ``size``. Writes use ``pwrite``, from any thread."""
 
-    def __init__(self, path: Path, prefix: bytes, header: Header):
+    def __init__(self, path: Path, prefix: bytes, header: Header, size: int | None = None):
         self.path = path
         self.prefix = prefix
         self.header = header
-        self.size = len(prefix) + sum(t.nbytes for t in header.tensors.values())
+        self.size = len(prefix) + sum(t.nbytes for t in header.tensors.values()) if size is None else size
         self._descriptor = -1
 
     def create(self) -> None:

@@ -164,7 +164,7 @@ def holders(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, nn.Mo
     """
     groups: dict[int, list[_Place]] = {}
     named: dict[str, int] = {}
-    for place in _places(model):
+    for place in _places(model, packed=True):
         groups.setdefault(id(place.held), []).append(place)
         named[place.full] = id(place.held)
     return {

@@ -45,12 +45,15 @@ def combine(coefficients: Tensor, vectors: Tensor, groups: Tensor | None = None)
     >>> combine(torch.tensor([[1.0, 10.0]]), torch.ones(1, 3), torch.tensor([0, 1, 1]))
     tensor([ 1., 10., 10.])
     """
+    if groups is None and vectors.dtype == torch.promote_types(wide(coefficients), wide(vectors)):
+        # one product, whose gradient keeps nothing but the vectors
+        return (coefficients.to(vectors.dtype) @ vectors.detach().flatten(1)).reshape(vectors.shape[1:])
     made: Tensor = _Combine.apply(coefficients, vectors, groups)
     return made
 
 
 class _Combine(torch.autograd.Function):
-    """Keeps the τ as they are for the backward pass, where the sum's own gradient would keep wider copies."""
+    """Keeps narrow τ as they are for the backward pass, where the sum's own gradient would keep wider copies."""
 
     generate_vmap_rule = True
 

@@ -65,3 +65,30 @@ def plain_parameter(module: nn.Module, name: str = "weight") -> nn.Parameter:
     if not isinstance(value, nn.Parameter):
         raise RecipeError(f"{name!r} of this {kind} is a {type(value).__name__}, not a parameter.")
     return value
+
+
+def check_fillable(*tensors: Tensor) -> None:
+    """Raise ``RecipeError`` unless tensors can be filled in place: values of a parameter, or views of one.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> check_fillable(layer.weight, layer.weight[:1])
+    >>> check_fillable(layer)
+    Traceback (most recent call last):
+    weft.errors.RecipeError: A tensor is filled, got a Linear; give its weight: layer.weight.
+    """
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            module = "; give its weight: layer.weight" if isinstance(tensor, nn.Module) else ""
+            raise RecipeError(f"A tensor is filled, got a {type(tensor).__name__}{module}.")
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+            raise RecipeError(
+                "The tensor has no values yet (it is lazy or on the meta device); give it memory first: run the model once, "
+                "or call to_empty(device=...)."
+            )
+        owner = tensor._base if tensor._is_view() else tensor
+        if owner is not None and owner.grad_fn is not None:
+            raise RecipeError(
+                f"This tensor {list(tensor.shape)} is a result of others ({owner.grad_fn.name()}), as a weight that a function "
+                "computes is, so what is written there is lost. Initialise first and attach functions then, or call "
+                "weft.bake_ first."
+            )

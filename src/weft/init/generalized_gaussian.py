@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from weft.errors import RecipeError
-from weft.function.initializer import InitMethod, plain_parameter
+from weft.function.initializer import InitMethod, check_fillable, plain_parameter
 from weft.method import configure, parameter
 
 
@@ -60,7 +60,7 @@ def generalized_gaussian_(
         The tensor.
 
     Raises:
-        RecipeError: the tensor has fewer than two axes, or a parameter is out of bounds.
+        RecipeError: the tensor has fewer than two axes, no values, or is computed by a weight function, or a parameter is out of bounds.
 
     Source: arXiv:2506.00486, section on initialisation.
 
@@ -69,6 +69,7 @@ def generalized_gaussian_(
     True
     """
     config = configure(GeneralizedGaussian, {"shape": shape, "mode": mode, "nonlinearity": nonlinearity})
+    check_fillable(tensor)
     if tensor.dim() < 2 or not tensor.is_floating_point():
         raise RecipeError(
             f"A weight (out, in, …) of floating point is needed, got {list(tensor.shape)}, {tensor.dtype}; vectors such as "

@@ -185,7 +185,7 @@ def _root_mean_square(function: GroupRational, z: Tensor) -> Tensor:
 @torch.no_grad()
 def replace_activations_(
     model: nn.Module,
-    where: Selector = (nn.GELU, nn.SiLU),
+    where: Selector | None = None,
     *,
     groups: int = 8,
     form: str = "A",
@@ -196,7 +196,8 @@ def replace_activations_(
 
     Args:
         model: any module; make the optimizer afterwards.
-        where: which modules, see :mod:`weft.function.where`; each must be an elementwise function.
+        where: which modules, see :mod:`weft.function.where`; each must be an elementwise function. If None, all GELU and
+            SiLU, those of transformers too.
         groups: of each new activation; must divide its channels, which is checked when it runs.
         form: "A" or "B", of the denominators.
         axis: where the channels are: -1, or 1 in (batch, channels, …).
@@ -216,6 +217,7 @@ def replace_activations_(
     >>> replace_activations_(model)
     {'1': 1.16e-06}
     """
+    where = _gelu_or_silu if where is None else where
     heads, modules = output_heads(model), list(model.named_modules())
     inside = [(n, m) for n, m in modules if m is not model] or modules
     chosen = [(n, m) for n, m in inside if matches(where, n, m, heads) and not isinstance(m, GroupRational)]
@@ -224,7 +226,7 @@ def replace_activations_(
         raise RecipeError(
             "The model is the activation itself; put the new one in its place."
             if chosen
-            else f"No module was chosen by {where!r}; functions that forward() calls are not modules.{hint}"
+            else f"{_no_module(where)}; functions that forward() calls are not modules.{hint}"
         )
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     fits: dict[str, RationalFit] = {}
@@ -242,6 +244,17 @@ def replace_activations_(
             if module is not None and id(module) in made:
                 setattr(parent, child, made[id(module)])
     return {name: fit.error for name, fit in fits.items()}
+
+
+def _gelu_or_silu(path: str, module: nn.Module) -> bool:
+    """Of torch, or an activation of transformers that is one of these by its name."""
+    kind = type(module)
+    named = kind.__module__ == "transformers.activations" and any(n in kind.__name__ for n in ("GELU", "SiLU"))
+    return isinstance(module, nn.GELU | nn.SiLU) or named
+
+
+def _no_module(where: Selector) -> str:
+    return "The model has no GELU and no SiLU" if where is _gelu_or_silu else f"No module was chosen by {where!r}"
 
 
 def _fit(module: nn.Module, form: str, interval: tuple[float, float]) -> RationalFit:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import RecipeError
-from weft.function.initializer import InitMethod, plain_parameter
+from weft.function.initializer import InitMethod, check_fillable, plain_parameter
 from weft.method import configure, parameter
 
 _VANISHED = 1e-12  # a spectral radius of so much of σ_1 is rounding: the matrix is nilpotent
@@ -60,6 +60,7 @@ def low_rank_(weight: Tensor, rank: int = 1, match: str = "frobenius") -> Tensor
     (tensor(3), True)
     """
     config = configure(LowRank, {"rank": rank, "match": match})
+    check_fillable(weight)
     if weight.dim() < 2 or not weight.is_floating_point():
         raise RecipeError(
             f"A weight (out, in, …) of floating point is needed, got {list(weight.shape)}, {weight.dtype}; vectors have no "

@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from weft.errors import RecipeError
-from weft.function.initializer import InitMethod, plain_parameter
+from weft.function.initializer import InitMethod, check_fillable, plain_parameter
 from weft.method import configure, parameter
 
 
@@ -84,6 +84,7 @@ def mimetic_attention_(
         },
     )
     weights = (query, key, value, output)
+    check_fillable(*weights)
     d = query.shape[0]
     square = all(w.shape == (d, d) and w.is_floating_point() for w in weights)
     if not square or d == 0 or heads < 1 or d % heads:

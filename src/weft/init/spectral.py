@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from weft.errors import RecipeError, ShapeError
-from weft.function.initializer import InitMethod, plain_parameter
+from weft.function.initializer import InitMethod, check_fillable, plain_parameter
 from weft.function.layer import WHITE_NOISE, LayerMethod
 from weft.init.cosine import dct, idct
 from weft.method import configure, parameter
@@ -94,6 +94,7 @@ def spectral_variance_preserving_(
     True
     """
     config = configure(SpectralVariancePreserving, {"transform": transform, "gain": gain})
+    check_fillable(tensor)
     grid = (size,) if isinstance(size, int) else tuple(size)
     kept = tuple(tensor.shape[2:-1] if config.transform == "rfft" else tensor.shape[2:])
     paired = config.transform == "dct" or (tensor.dim() > 2 and tensor.shape[-1] == 2)

@@ -50,6 +50,14 @@ def reduction(function: F) -> F:
     return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})(function)
 
 
+def fused(function: F) -> F:
+    """Compile a loop in the order written, where a product that is added is rounded once, with the sum (as in BLAS).
+
+    Machines that have no such instruction round twice.
+    """
+    return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
+
+
 def inline(function: F) -> F:
     """Compile a helper whose body is pasted into the kernels that call it, so that their loops can be vectorised."""
     return numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")(function)

@@ -139,6 +139,10 @@ def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     text = checkpoint.config.get("text_config")
     config = {**(text if isinstance(text, dict) else {}), **checkpoint.config}
     heads = [name for name in checkpoint if name.endswith(("lm_head.weight", "embed_out.weight"))]
+    notes = []
     if config.get("tie_word_embeddings") is True and not heads:
-        return ("The output head is not stored: config.json ties it to the embedding.",)
-    return ()
+        notes.append("The output head is not stored: config.json ties it to the embedding.")
+    if checkpoint.packed:
+        layers = "1 layer is" if len(checkpoint.packed) == 1 else f"{len(checkpoint.packed):,} layers are"
+        notes.append(f"{layers} packed in few bits, and shown as the float32 weights that they stand for.")
+    return tuple(notes)

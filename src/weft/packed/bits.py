@@ -33,20 +33,19 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     _check_bits(bits)
     if codes.dim() != 2 or codes.is_floating_point():
         raise RecipeError(f"Codes are whole numbers (rows, n), got {list(codes.shape)} {codes.dtype}.")
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 1 << bits:
-        raise RecipeError(
-            f"Codes of {bits} bits are from 0 to {(1 << bits) - 1}, got {int(codes.min())} to {int(codes.max())}."
-        )
+    low, high = (int(t) for t in codes.aminmax()) if codes.numel() else (0, 0)
+    if low < 0 or high >= 1 << bits:
+        raise RecipeError(f"Codes of {bits} bits are from 0 to {(1 << bits) - 1}, got {low} to {high}.")
     period, words = _period(bits)
-    wide = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.shape[1] % period)).unflatten(1, (-1, period))
+    # shifting left in int32 drops what falls off and sets the sign: a word's bits either way
+    wide = torch.nn.functional.pad(codes.to(torch.int32), (0, -codes.shape[1] % period)).unflatten(1, (-1, period))
     made = wide.new_zeros((*wide.shape[:2], words))
     for place in range(period):
         word, shift = divmod(place * bits, WORD)
-        made[..., word] |= wide[..., place] << shift & 0xFFFFFFFF
+        made[..., word] |= wide[..., place] << shift
         if shift + bits > WORD:
             made[..., word + 1] |= wide[..., place] >> (WORD - shift)
-    made = torch.where(made >= 1 << 31, made - (1 << 32), made).to(torch.int32).flatten(1)
-    return made[:, : -(-codes.shape[1] * bits // WORD)].contiguous()
+    return made.flatten(1)[:, : -(-codes.shape[1] * bits // WORD)].contiguous()
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:

@@ -44,6 +44,10 @@ class Packed:
         """The matrix (out, in), float32: exactly what every other way to multiply by it stands for."""
         raise NotImplementedError
 
+    def part(self, first: int, last: int) -> Packed | None:
+        """The rows from ``first`` to before ``last`` as a packed weight; None where they cannot be had apart."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds, by name; names have no dots."""
         raise NotImplementedError

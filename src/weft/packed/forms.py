@@ -18,7 +18,7 @@ Activations  another form's matrix, with inputs that are quantised too when it i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -70,11 +70,15 @@ class Affine(Packed):
         return self.codes.shape[1] // self.scale.shape[1]
 
     def dequantize(self) -> Tensor:
-        groups = self.codes.float().unflatten(1, (self.scale.shape[1], -1))
-        return ((groups - self.zero.float().unsqueeze(-1)) * self.scale.float().unsqueeze(-1)).flatten(1)
+        groups = self.codes.float().unflatten(1, (self.scale.shape[1], -1))  # its own memory, changed in place
+        return groups.sub_(self.zero.float().unsqueeze(-1)).mul_(self.scale.float().unsqueeze(-1)).flatten(1)
+
+    def part(self, first: int, last: int) -> Packed | None:
+        rows = slice(first, last)
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=self.zero[rows])
 
     def tensors(self) -> dict[str, Tensor]:
-        made = {"codes": pack_bits(self.codes.to(torch.int64) - self.low, self.bits), "scale": self.scale.contiguous()}
+        made = {"codes": pack_bits(self.codes.int() - self.low, self.bits), "scale": self.scale.contiguous()}
         if not self.zero.count_nonzero():
             return made
         shifted = self.zero.double() - self.low
@@ -133,14 +137,23 @@ class Minifloat(Packed):
         return 1 + exponent + mantissa
 
     def dequantize(self) -> Tensor:
-        values = minifloat_levels(self.kind).to(self.codes.device)[self.codes.long()]
+        values = _pick(minifloat_levels(self.kind).to(self.codes.device), self.codes)
         scale = self.scale.float()
         if self.global_scale is not None:
             scale = (scale.double() * self.global_scale.double()).float()
-        return values * _spread(scale, self.block, self.shape)
+        rows, columns = (min(b, n) for b, n in zip(self.block, self.shape))
+        if self.shape[0] % rows or self.shape[1] % columns:
+            return values.mul_(_spread(scale, self.block, self.shape))
+        blocks = values.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # a view
+        blocks.mul_(scale[:, None, :, None])
+        return values
+
+    def part(self, first: int, last: int) -> Packed | None:
+        blocks = _block_rows(first, last, self.block[0], self.shape[0])
+        return None if blocks is None else replace(self, codes=self.codes[first:last], scale=self.scale[blocks])
 
     def tensors(self) -> dict[str, Tensor]:
-        codes = self.codes.contiguous() if self.bits == 8 else pack_bits(self.codes.to(torch.int64), self.bits)
+        codes = self.codes.contiguous() if self.bits == 8 else pack_bits(self.codes.int(), self.bits)
         made = {"codes": codes, "scale": self.scale.contiguous()}
         return made if self.global_scale is None else {**made, "global_scale": self.global_scale}
 
@@ -209,17 +222,26 @@ class Lookup(Packed):
         return (values * self.nested_scale.unsqueeze(1)).flatten()[: len(self.scale)] + self.mean
 
     def dequantize(self) -> Tensor:
-        codes = self.codes.long()
+        codes = self.codes
         if self.table is None:
-            values = self.levels[0][codes]
+            values = _pick(self.levels[0].float(), codes)
         else:
-            values = self.levels[self.table.long().unsqueeze(1), codes]
-        size = min(self.block_size, codes.numel())
-        blocks = in_blocks(values.float().flatten(), size) * self.scales().unsqueeze(1)
+            values = self.levels.float()[self.table.long().unsqueeze(1), codes.long()]
+        # its own memory, changed in place
+        blocks = in_blocks(values.flatten(), min(self.block_size, codes.numel())).mul_(self.scales().unsqueeze(1))
         return blocks.flatten()[: codes.numel()].reshape(codes.shape)
 
+    def part(self, first: int, last: int) -> Packed | None:
+        start, end = first * self.shape[1], last * self.shape[1]
+        if start % self.block_size:
+            return None
+        scale = self.scales()[start // self.block_size : -(-end // self.block_size)]
+        table = None if self.table is None else self.table[first:last]
+        codes = self.codes[first:last]
+        return replace(self, codes=codes, scale=scale, nested_scale=None, mean=None, table=table)
+
     def tensors(self) -> dict[str, Tensor]:
-        codes = pack_bits(self.codes.to(torch.int64), self.bits)
+        codes = pack_bits(self.codes.int(), self.bits)
         more = {"nested_scale": self.nested_scale, "mean": self.mean, "table": self.table}
         made = {"codes": codes, "levels": self.levels, "scale": self.scale}
         return {**made, **{name: t for name, t in more.items() if t is not None}}
@@ -284,6 +306,11 @@ class Vectors(Packed):
             weight = weight * self.scale.float().unsqueeze(1)
         return weight if self.offset is None else weight + self.offset.float().unsqueeze(1)
 
+    def part(self, first: int, last: int) -> Packed | None:
+        of_rows = {"table": self.table, "scale": self.scale, "offset": self.offset}
+        cut: dict[str, Any] = {name: t[first:last] for name, t in of_rows.items() if t is not None}
+        return replace(self, indices=self.indices[:, first:last], **cut)
+
     def tensors(self) -> dict[str, Tensor]:
         made = {}
         for number, (book, one) in enumerate(zip(self.codebooks, self.indices)):
@@ -344,8 +371,12 @@ class Binary(Packed):
             weight += torch.where(sign, spread, -spread)
         return weight
 
+    def part(self, first: int, last: int) -> Packed | None:
+        blocks = _block_rows(first, last, self.block[0], self.shape[0])
+        return None if blocks is None else replace(self, signs=self.signs[:, first:last], alpha=self.alpha[:, blocks])
+
     def tensors(self) -> dict[str, Tensor]:
-        words = torch.stack([pack_bits(sign.to(torch.int64), 1) for sign in self.signs])
+        words = torch.stack([pack_bits(sign.int(), 1) for sign in self.signs])
         return {"signs": words, "alpha": self.alpha.contiguous()}
 
     def settings(self) -> dict[str, Any]:
@@ -429,6 +460,10 @@ class Permuted(_Around):
         made = self.inner.dequantize()
         return torch.empty_like(made).index_copy_(1, self.order.long(), made)
 
+    def part(self, first: int, last: int) -> Packed | None:
+        inner = self.inner.part(first, last)
+        return None if inner is None else replace(self, inner=inner)
+
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "order": self.order.to(torch.int32).contiguous()}
 
@@ -484,6 +519,10 @@ class Activations(_Around):
     kind: str
     input_scale: Tensor | None = None
     group_size: int = 0
+
+    def part(self, first: int, last: int) -> Packed | None:
+        inner = self.inner.part(first, last)
+        return None if inner is None else replace(self, inner=inner)
 
     def tensors(self) -> dict[str, Tensor]:
         made = super().tensors()
@@ -581,6 +620,18 @@ def _spread(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Te
     """A number for each block -> one for each element."""
     wide = scale.repeat_interleave(min(block[0], shape[0]), 0)[: shape[0]]
     return wide.repeat_interleave(min(block[1], shape[1]), 1)[:, : shape[1]]
+
+
+def _pick(levels: Tensor, codes: Tensor) -> Tensor:
+    """levels[codes], in less time and memory than indexing takes."""
+    return levels.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def _block_rows(first: int, last: int, size: int, rows: int) -> slice | None:
+    """The blocks of ``size`` rows that some rows are; None if they begin within one that does not hold all."""
+    if size >= rows:
+        return slice(0, 1)
+    return None if first % size else slice(first // size, -(-last // size))
 
 
 def _fits(table: Tensor, rows: int, tables: int) -> bool:

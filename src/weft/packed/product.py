@@ -35,9 +35,9 @@ from weft.packed.forms import quantize_inputs
 from weft.packed.rows import dequantize, inside, some_rows
 
 WAYS = ("auto", "dequantize", "int4", "int8", "integer", "triton")
-LARGEST = {"int4": 64, "int8": 64}  # rows of inputs up to which a way beats the reference
+LARGEST = {"int4": 48, "int8": 32}  # rows of inputs up to which a way beats the reference
 LARGEST_ON_GPU = 64  # beyond, a product is bound by arithmetic, and a dense one is faster
-BLOCK = 1 << 21  # weights that are unpacked at once: they stay in a cache
+BLOCK = 1 << 20  # weights that are unpacked at once: they stay in a cache
 BLOCK_ON_GPU = 1 << 25
 TOLERANCE = (
     1 / 64

@@ -95,7 +95,7 @@ def _affine(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tenso
     wide = zero.float() + low if zero.dtype == torch.uint8 else zero.float()
     made = torch.empty(len(codes), int(settings["columns"]))
     words, s, z = (t.contiguous().numpy() for t in (codes, scale.float(), wide))
-    affine(words, int(settings["bits"]), low, s, z, made.numpy(), torch.get_num_threads())
+    affine(words, int(settings["bits"]), low, s, z, made.numpy())
     return made
 
 

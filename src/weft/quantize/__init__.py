@@ -1,53 +1,88 @@
 """Store weights in few bits.
 
 Start at :mod:`weft.quantize.rtn`, the baseline of all: each weight goes to the nearest value of a grid. The grids (bits,
-groups, scales, zero points) are in :mod:`weft.quantize.grid`. :mod:`weft.quantize.gptq` is the method to take where there is
-calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. :func:`quantize_` quantises a
-model in memory, :func:`quantize_model` writes a quantised copy of one on disk, :func:`choose_bits` says which layer of it
-gets how many bits.
+groups, scales, zero points) are in :mod:`weft.quantize.grid`. :mod:`weft.quantize.gptq` and :mod:`weft.quantize.awq` are the
+methods to take where there is calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. Methods that
+train what is rounded on the outputs of blocks share :mod:`weft.quantize.reconstruct`. :func:`quantize_` quantises a model in
+memory, :func:`quantize_model` writes a quantised copy of one on disk, :func:`load_quantized` runs it on its packed weights.
+:func:`choose_bits` says which layer gets how many bits, :func:`compare_methods` which method to take.
 """
 
 from weft.quantize.allocate import Allocation, Frontier, allocate_bits, frontier
 from weft.quantize.compare import compare_methods
 from weft.quantize.curves import Chosen, Curves, choose_bits, error_curves
 from weft.quantize.evaluate import evaluate
+from weft.quantize.flexround import FlexRound, FlexRounding
+from weft.quantize.floating_point import FloatingPoint, float_codes, float_scales
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
+from weft.quantize.gradient_ptq import GradientPTQ, Rounding, importance
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.hqq import HQQ, hqq_codes
 from weft.quantize.load import load_quantized
+from weft.quantize.low_rank_patch import low_rank_patch
 from weft.quantize.nf4 import Codebook, codebook_codes
+from weft.quantize.nupes import NUPES, PowerCodes
+from weft.quantize.powerquant import PowerQuant, power_codes, power_exponent
+from weft.quantize.reconstruct import Reconstruction, reconstruct_block, reconstruct_layer
 from weft.quantize.report import compare_reports, make_report, write_report
 from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_, quantize_model
+from weft.quantize.signround import SignRound, SignRounding
+from weft.quantize.soft import Descent, Soft, descend
+from weft.quantize.zeroquant_fp import ZeroQuantFP, zeroquant_codes
 
 __all__ = [
     "GPTQ",
     "HQQ",
+    "NUPES",
     "RTN",
     "Allocation",
     "Chosen",
     "Codebook",
     "Curves",
+    "Descent",
+    "FlexRound",
+    "FlexRounding",
+    "FloatingPoint",
     "Frontier",
+    "GradientPTQ",
     "Grid",
+    "PowerCodes",
+    "PowerQuant",
+    "Reconstruction",
+    "Rounding",
+    "SignRound",
+    "SignRounding",
+    "Soft",
+    "ZeroQuantFP",
     "allocate_bits",
     "choose_bits",
     "codebook_codes",
     "compare_methods",
     "compare_reports",
+    "descend",
     "error_curves",
     "evaluate",
     "fake_quantize",
     "fit_grid",
+    "float_codes",
+    "float_scales",
     "frontier",
     "gptq_codes",
     "gptq_factor",
     "hqq_codes",
+    "importance",
     "load_quantized",
+    "low_rank_patch",
     "make_report",
+    "power_codes",
+    "power_exponent",
     "quantize",
     "quantize_",
     "quantize_model",
+    "reconstruct_block",
+    "reconstruct_layer",
     "round_to_nearest",
     "write_report",
+    "zeroquant_codes",
 ]

@@ -31,6 +31,7 @@ Re-implemented from the equations (official code: Apache-2.0).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -47,6 +48,7 @@ from weft.quantize.rtn import RTN
 
 ORDERS = ("none", "static", "gar")
 GROUPS = ("static", "dynamic")
+_ROWS = 1024  # at a time
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class GPTQ(Grid, Change):
         """Rounding to nearest on the same grid."""
         return RTN(self.bits, self.group_size, self.kind, self.scale_dtype)
 
+    def scratch(self, rows: int, columns: int) -> float:
+        """A factorisation in float64, then its result beside what every change takes."""
+        return max(20.0 * columns**2, 4.0 * columns**2 + super().scratch(rows, columns))
+
     def change_block(self, task: BlockTask) -> None:
         """Layers with equal inputs share the factor; the report has each one's loss and notes."""
         last: dict[str, Factor] = {}  # such layers follow one another
@@ -114,7 +120,8 @@ class Factor(NamedTuple):
 
     Attributes:
         order: (in,) int64, the order of the columns.
-        upper: (in, in) float64, U of the inverse, rows and columns in that order; None where no input was ever seen.
+        upper: (in, in), U of the inverse, rows and columns in that order, computed in float64 and kept in the Gram matrix'
+            type (at least float32); None where no input was ever seen.
         damping: λ, in the Gram matrix' units.
         notes: what had to be done beside, in sentences.
     """
@@ -158,45 +165,70 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
     """
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not gram.numel() or not gram.is_floating_point():
         raise RecipeError(f"GPTQ needs a Gram matrix (in, in) of numbers, got {list(gram.shape)} {gram.dtype}.")
-    h = gram.detach().to(torch.float64)
-    diagonal = h.diagonal().clone()
-    sizes = diagonal.clamp(min=0).sqrt()
-    limits = sizes[:, None] * sizes  # of Cauchy and Schwarz: none of Σ xᵀx is larger
-    is_gram = bool((diagonal >= 0).all()) and bool((h.abs() <= 1.001 * limits).all())
-    if not h.isfinite().all() or not is_gram or bool(((h - h.T).abs() > 1e-3 * limits).any()):
+    gram = gram.detach()
+    diagonal = gram.diagonal().to(torch.float64)
+    if not _is_gram(gram, diagonal):
         raise RecipeError(
             "GPTQ needs a Gram matrix Σ xᵀx: finite, symmetric, with no negative value on its diagonal and none larger than "
             "the diagonal allows. The data or the statistics are damaged; gather them again."
         )
-    size = config.group_size or len(h)
-    if len(h) % size:
+    size = config.group_size or len(gram)
+    if len(gram) % size:
         raise RecipeError(
-            f"Rows of {len(h)} inputs do not divide into groups of {size}; give another group_size, or 0 for rows."
+            f"Rows of {len(gram)} inputs do not divide into groups of {size}; give another group_size, or 0 for rows."
         )
     order = _order(diagonal, size, config.order)
     dead = diagonal == 0
     if dead.all():
         return Factor(order, None, 0.0, ("no input was ever different from zero: rounded to nearest",))
     mean = float(diagonal[~dead].mean())
-    h = (h + h.T) / 2
-    h.diagonal()[dead] = mean
-    h = h[order][:, order]
+    turned = order.flip(0)  # a Cholesky factor with both axes flipped is one of the other kind
+    h = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    for start in range(0, len(h), _ROWS):
+        rows = turned[start : start + _ROWS]
+        h[start : start + _ROWS] = (gram[rows][:, turned].double() + gram[:, rows].T[:, turned].double()) / 2
+    plain = torch.where(dead, mean, diagonal)[turned]
     share = config.damping
     notes: tuple[str, ...] = ()
     while True:
-        damped = h.clone()
-        damped.diagonal().add_(share * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        h.diagonal().copy_(plain + share * mean)
+        lower, info = torch.linalg.cholesky_ex(h)
         # a positive definite matrix whose factor overflows is as useless as one that is not
         if not int(info) and bool(lower.isfinite().all()):
             break
         # ends at 10 · in at the latest: no eigenvalue is below minus the trace
         share = max(10 * share, 1e-8)
         notes = (f"not positive definite: damping {share:g} instead of {config.damping:g}",)
-    upper = torch.linalg.solve_triangular(
-        lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
-    )
-    return Factor(order, upper, share * mean, notes)
+    del h
+    return Factor(order, _inverse(lower, gram.dtype).flip(0, 1), share * mean, notes)
+
+
+def _is_gram(gram: Tensor, diagonal: Tensor) -> bool:
+    """Whether a matrix may be Σ xᵀx, looked at some rows at a time."""
+    if not diagonal.isfinite().all() or not bool((diagonal >= 0).all()):
+        return False
+    sizes = diagonal.sqrt()
+    for start in range(0, len(gram), _ROWS):
+        rows = gram[start : start + _ROWS].double()
+        limits = sizes[start : start + _ROWS, None] * sizes  # of Cauchy and Schwarz: none of Σ xᵀx is larger
+        mirrored = gram[:, start : start + _ROWS].T.double()
+        if not rows.isfinite().all() or bool((rows.abs() > 1.001 * limits).any()):
+            return False
+        if bool(((rows - mirrored).abs() > 1e-3 * limits).any()):
+            return False
+    return True
+
+
+def _inverse(lower: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of a lower triangular matrix, in at least float32, by blocks of columns: those above them are zero."""
+    size = len(lower)
+    made = torch.zeros(size, size, dtype=torch.promote_types(dtype, torch.float32), device=lower.device)
+    for start in range(0, size, _ROWS):
+        stop = min(start + _ROWS, size)
+        unit = torch.zeros(size - start, stop - start, dtype=lower.dtype, device=lower.device)
+        unit.diagonal().fill_(1)
+        made[start:, start:stop] = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
+    return made
 
 
 def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None) -> Rounded:
@@ -241,26 +273,57 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
     w = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).T[order].contiguous()
     upper = held.upper.to(w)
     size = config.group_size or len(order)
-    groups = order // size  # of each column, in the new order
+    groups = (order // size).tolist()  # of each column, in the new order
     low, high = config.codes
     made = torch.empty_like(w, dtype=torch.int16)
-    loss = torch.zeros((), dtype=torch.float64, device=w.device)
-    for start, stop in _blocks(len(order), config):
-        if config.groups == "dynamic" and start % size == 0:
-            group = int(groups[start])
-            fitted = fit_grid(w[start : start + size].T, replace(config, group_size=0))
+    scales, zeros = (t.T.to(w.dtype).contiguous() for t in (scale, zero))  # (groups, out)
+
+    def round_column(j: int) -> Tensor:
+        group = groups[j]
+        if config.groups == "dynamic" and j % size == 0:
+            fitted = fit_grid(w[j : j + size].T, replace(config, group_size=0))
             scale[:, group], zero[:, group] = fitted[0][:, 0], fitted[1][:, 0]
-        s, z = (v.T[groups[start:stop]].to(w.dtype) for v in (scale, zero))  # (block, out)
-        errors = torch.empty_like(s)
+            scales[group], zeros[group] = scale[:, group].to(w.dtype), zero[:, group].to(w.dtype)
+        s, z = scales[group], zeros[group]
+        code = (w[j] / s).round_().add_(z).clamp_(low, high)
+        made[j] = code
+        return code.sub_(z).mul_(s)
+
+    loss = round_columns(w, upper, _blocks(len(order), config), round_column)
+    codes = Affine(made[order.argsort()].T.contiguous(), scale, zero, config.bits, low)
+    return Rounded(codes, loss, held.notes)
+
+
+def round_columns(
+    w: Tensor, upper: Tensor, blocks: Iterable[tuple[int, int]], round_column: Callable[[int], Tensor]
+) -> Tensor:
+    """The loop of GPTQ for any way to round a column.
+
+    Args:
+        w: (in, out), the columns of the weight as rows, in their order; those still to come are changed in place.
+        upper: (in, in), U of the inverse, in that order and of the type of ``w``.
+        blocks: where blocks of columns start and stop; columns beyond a block are updated when it ends.
+        round_column: given j, the values (out,) that column ``w[j]`` becomes.
+
+    Returns:
+        ½ tr(Δ H Δᵀ), 0-d float64.
+
+    Source: arXiv:2210.17323, algorithm 1.
+
+    >>> w = torch.tensor([[0.25], [1.5]])
+    >>> loss = round_columns(w, torch.tensor([[2.0, 1.0], [0.0, 1.0]]), [(0, 2)], lambda j: w[j].round())
+    >>> w.flatten().tolist()  # 0.25 was rounded to 0, and half of that came off 1.5
+    [0.25, 1.375]
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=w.device)
+    for start, stop in blocks:
+        errors = torch.empty_like(w[start:stop])
         for i, j in enumerate(range(start, stop)):
-            code = ((w[j] / s[i]).round() + z[i]).clamp(low, high)
-            made[j] = code.to(torch.int16)
-            errors[i] = (w[j] - (code - z[i]) * s[i]) / upper[j, j]
+            errors[i] = (w[j] - round_column(j)) / upper[j, j]
             w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[i], alpha=-1)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.to(torch.float64).square().sum() / 2
-    codes = Affine(made[order.argsort()].T.contiguous(), scale, zero, config.bits, low)
-    return Rounded(codes, loss, held.notes)
+    return loss
 
 
 def _order(diagonal: Tensor, size: int, kind: str) -> Tensor:

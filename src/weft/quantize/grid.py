@@ -61,6 +61,11 @@ class Grid:
                 f"group_size={self.group_size!r}."
             )
 
+    def nominal_bits(self, rows: int, columns: int) -> float:
+        """Bits a weight in files: its code, and its share of a scale and a zero point."""
+        zero = self.bits if self.kind == "asymmetric" else 0
+        return self.bits + (8 * _DTYPES[self.scale_dtype].itemsize + zero) / min(self.group_size or columns, columns)
+
     @property
     def codes(self) -> tuple[int, int]:
         """The lowest and the highest code."""

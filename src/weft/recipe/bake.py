@@ -129,12 +129,12 @@ def bake(
                 if math.isnan(worst):
                     raise VerificationError(
                         f"{output}: the baked model gives NaN or infinity{where}; nothing was published. The base "
-                        "or an adapter holds such values (weft inspect shows where), or the sum is too large for --dtype."
+                        "or an adapter holds such values (weft inspect shows where), or the sum is too large for the dtype."
                     )
                 raise VerificationError(
                     f"{output}: the baked model changes outputs by {worst:.3g} where at most {max_change:g} of the largest is "
                     f"allowed{where}; "
-                    "nothing was published. Bake in a wider --dtype, or raise --max-change."
+                    "nothing was published. Bake in a wider dtype, or raise max_change."
                 )
             return {"adapters": _named(chosen), "probe": found}
 

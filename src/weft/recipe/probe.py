@@ -21,6 +21,7 @@ from weft.checkpoint.adapter_names import find_places
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.computed import BLOCK, as_float32
 from weft.checkpoint.dtypes import DTYPES
+from weft.checkpoint.live_names import live_names
 from weft.checkpoint.lora_folder import MissPart, Part, read_adapter
 from weft.errors import CheckpointError, RecipeError, WeftError
 from weft.kernels.convert import to_float32
@@ -58,7 +59,7 @@ def probe_outputs(
     needed = 4 * base.parameters
     if needed > memory:
         raise CannotRunError(
-            f"the model takes {needed / 1e9:.2g} GB in float32, more than --memory {memory / 1e9:.2g} GB"
+            f"the model takes {needed / 1e9:.2g} GB in float32, more than the budget of {memory / 1e9:.2g} GB (memory)"
         )
     if any(tensor.stored is not None for tensor in base.values()):
         raise CannotRunError("the base itself is computed when it is read, and is no folder of transformers")
@@ -106,7 +107,7 @@ def probe_outputs(
         "largest": largest,
         "top1": float((after.argmax(-1) == before.argmax(-1)).double().mean()),
         "positions": int(np.prod(before.shape[:-1])),
-        "on": Path(data).name if data else f"random tokens, seed {seed}",
+        "on": Path(data).name if data else f"random {'images' if 'pixel_values' in batch else 'tokens'}, seed {seed}",
     }
 
 
@@ -117,12 +118,17 @@ def _batch(base: Checkpoint, seed: int, data: str) -> dict[str, Any]:
     text = base.config.get("text_config")
     sizes = {**(text if isinstance(text, Mapping) else {}), **base.config}
     if not data:
-        vocabulary = sizes.get("vocab_size")
+        vocabulary, side = sizes.get("vocab_size"), sizes.get("image_size")
+        if vocabulary is None and isinstance(side, int):
+            images = (_BATCH, int(sizes.get("num_channels") or 3), side, side)
+            return {"pixel_values": torch.randn(images, generator=torch.Generator().manual_seed(seed))}
         if not isinstance(vocabulary, int) or vocabulary < 1:
             raise CannotRunError("the base's config.json says no vocab_size")
         positions = sizes.get("max_position_embeddings") or sizes.get("n_positions") or _LENGTH
         shape = (_BATCH, max(1, min(_LENGTH, int(positions) - 2)))
-        return {"input_ids": torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))}
+        return _both_ends(
+            {"input_ids": torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))}, sizes
+        )
     texts = read_texts(data)[:_TEXTS]
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
@@ -131,7 +137,14 @@ def _batch(base: Checkpoint, seed: int, data: str) -> dict[str, Any]:
             f"{data}: texts need the base's tokenizer, which cannot be loaded ({str(error).splitlines()[0][:200]})."
         ) from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=_TEXT_LENGTH))
+    made = dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=_TEXT_LENGTH))
+    return _both_ends(made, sizes)
+
+
+def _both_ends(batch: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the same tokens for a decoder beside an encoder."""
+    both = config.get("is_encoder_decoder") is True
+    return {**batch, "decoder_input_ids": batch["input_ids"]} if both else batch
 
 
 def read_texts(path: str) -> list[str]:
@@ -264,7 +277,7 @@ def _changes(base: Checkpoint, adapters: Sequence[Weighted]) -> tuple[dict[str, 
         parsed = read_adapter(adapter)
         saved = [str(m) for m in adapter.config.get("modules_to_save") or ()]
         changed = with_adapter(names, adapter, weight)
-        place = find_places(parsed, {*changed, *names}, saved, changed.name)
+        place = find_places(parsed, {*changed, *names}, saved, changed.name, live=lambda: live_names(base))
         for module, part in parsed.parts.items():
             name = place[module]
             if part.bias is not None:

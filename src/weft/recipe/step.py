@@ -222,7 +222,7 @@ class StepBuilder:
                 hint = did_you_mean(name, lacking[0].tensors)
                 raise MissingTensorError(
                     f"{lacking[0].name} has no tensor {name!r}, which other models have.{hint if 'Did' in hint else ''} "
-                    "Check that the models share an architecture, or choose what happens with --missing skip or copy."
+                    'Check that the models share an architecture, or choose what happens: missing="skip" or missing="copy".'
                 )
             without_base = base is not None and base_tensor is None
             if self.step.missing == "copy" or without_base or len(have) < self.method.models[0]:
@@ -236,7 +236,7 @@ class StepBuilder:
             raise ShapeError(
                 f"{name}: {where[odd][1].name} has shape {list(present[odd].shape)}, "
                 f"{self.reference.name} has {list(first.shape)}. The models differ in architecture or vocabulary: "
-                "choose a tokenizer source, or --mismatch copy to keep the first model's tensor."
+                'choose a tokenizer source, or mismatch="copy" to keep the first model\'s tensor.'
             )
         config = self._configure(name, where, scopes, depth)
         inputs = Inputs(

@@ -63,7 +63,7 @@ class BitsAndBytes(Format):
         made = {
             "weight": pack_high_first(packed.codes).unsqueeze(1),
             "weight.absmax": packed.scale,
-            "weight.quant_map": packed.levels[0].float(),
+            "weight.quant_map": packed.levels[0].float().clone(),  # each layer its own: files share no tensors
         }
         if packed.nested_scale is not None and packed.mean is not None:
             state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": packed.mean.item()}
@@ -95,7 +95,13 @@ class BitsAndBytes(Format):
     def shape(self, name: str, shapes: Shapes, get: Get, config: Mapping[str, Any]) -> tuple[int, ...]:
         if f"{name}.SCB" in shapes:
             return shape_of(shapes, f"{name}.weight", 2)
-        return _shape(name, _state(name, get))
+        out, columns = _shape(name, _state(name, get))
+        stored = math.prod(shapes[f"{name}.weight"])  # elements of whichever type holds the bytes
+        if not -(-out * columns // 16) <= stored <= -(-out * columns // 2):
+            raise CheckpointError(
+                f"{name}.weight has {stored:,} elements, which is no weight {[out, columns]}. {DAMAGED}"
+            )
+        return out, columns
 
     def read(self, name: str, get: Get, config: Mapping[str, Any]) -> Packed:
         weight = required(get, f"{name}.weight")

@@ -28,6 +28,11 @@ def plain_shape(name: str, shapes: Shapes, get: Get, config: Mapping[str, Any]) 
     weights = scheme_of(name, config).weights
     if weights.get("type") == "float":
         return out, 2 * words
+    groups, size = shapes[scale], weights.get("group_size")
+    if len(groups) == 2 and type(size) is int and size > 0 and f"{name}.weight_shape" in shapes:
+        columns = groups[1] * size
+        if -(-columns * number(weights, "num_bits") // 32) == words:
+            return out, columns  # nothing was read, which over a network costs a request a layer
     shape_of(shapes, f"{name}.weight_shape", 1)
     stated = expect(f"{name}.weight_shape", get(f"{name}.weight_shape"), (2,), torch.int64, torch.int32).tolist()
     bits = number(weights, "num_bits")
@@ -110,12 +115,15 @@ def _read_int8(name: str, plain: Tensor, get: Get, weights: Mapping[str, Any]) -
     scale = _scales(name, required(get, f"{name}.weight_scale"), out, columns)
     if columns % scale.shape[1]:
         raise CheckpointError(f"{name}.weight_scale has {scale.shape[1]} groups, which do not divide {columns} inputs.")
-    zero = None if weights.get("symmetric", True) else optional(get, f"{name}.weight_zero_point")
-    if zero is None:
-        return Affine(plain.to(torch.int16), scale, torch.zeros_like(scale), 8, -128)
-    expect(f"{name}.weight_zero_point", zero, None, torch.int8)
+    bits = number(weights, "num_bits")
+    low = -(1 << min(max(bits, 1), 8) - 1)
+    if not 2 <= bits <= 8 or int(plain.min()) < low or int(plain.max()) >= -low:
+        raise CheckpointError(f"{name}.weight has codes that are no signed numbers of {bits} bits. {DAMAGED}")
+    if weights.get("symmetric", True):
+        return Affine(plain.to(torch.int16), scale, torch.zeros_like(scale), bits, low)
+    zero = expect(f"{name}.weight_zero_point", required(get, f"{name}.weight_zero_point"), None, torch.int8)
     zeros = _scales(name, zero.to(torch.int16).float(), out, columns).to(scale.dtype)
-    return Affine(plain.to(torch.int16) + 128, scale, zeros.expand(scale.shape) + 128, 8, 0)
+    return Affine(plain.to(torch.int16) - low, scale, zeros.expand(scale.shape) - low, bits, 0)
 
 
 def _read_float8(name: str, plain: Tensor, get: Get, weights: Mapping[str, Any]) -> Packed:
@@ -160,9 +168,10 @@ def _read_float4(name: str, words: Tensor, get: Get) -> Packed:
     expect(f"{name}.weight_packed", words, None, torch.uint8)
     codes = unpack_low_first(words)
     scale = required(get, f"{name}.weight_scale")
-    if scale.dtype == torch.uint8:
-        expect(f"{name}.weight_scale", scale, (len(codes), -(-codes.shape[1] // 32)), torch.uint8)
-        return Minifloat(codes, scale.view(torch.float8_e8m0fnu), "e2m1", (1, 32))
+    power = torch.float8_e8m0fnu
+    if scale.dtype in (torch.uint8, power):
+        expect(f"{name}.weight_scale", scale, (len(codes), -(-codes.shape[1] // 32)), torch.uint8, power)
+        return Minifloat(codes, scale.view(power), "e2m1", (1, 32))
     expect(f"{name}.weight_scale", scale, (len(codes), -(-codes.shape[1] // 16)))
     divisor = expect(f"{name}.weight_global_scale", required(get, f"{name}.weight_global_scale"), None, torch.float32)
     if divisor.numel() != 1 or not float(divisor.abs()) > 0:
@@ -177,6 +186,8 @@ def _with_inputs(name: str, made: Packed, get: Get, inputs: Mapping[str, Any] | 
     kind = "e4m3" if inputs.get("type") == "float" else "int8"
     size = inputs.get("group_size") if inputs.get("strategy") == "group" else 0
     if inputs.get("dynamic"):
+        if inputs.get("strategy") not in ("token", "group"):
+            return made
         fits = type(size) is int and size >= 0 and (not size or made.shape[1] % size == 0)
         return Activations(made, kind, None, size or 0) if fits and inputs.get("dynamic") is True else made
     scale = optional(get, f"{name}.input_scale")

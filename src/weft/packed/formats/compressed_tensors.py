@@ -109,24 +109,26 @@ class PackQuantized(CompressedTensors):
     name: ClassVar[str] = "pack-quantized"
 
     def refuses(self, packed: Packed) -> str:
-        if not isinstance(packed, Affine):
-            return f"it holds grids of whole numbers, not {packed.form}. Take {_other(packed)}."
-        if not 2 <= packed.bits <= 8:
-            return f"it holds 2 to 8 bits, not {packed.bits}. Take the format weft."
-        return not_whole(packed)
+        inner = packed.inner if isinstance(packed, Activations) else packed
+        if not isinstance(inner, Affine):
+            return f"it holds grids of whole numbers, not {inner.form}. Take {_other(inner)}."
+        if not 2 <= inner.bits <= 8:
+            return f"it holds 2 to 8 bits, not {inner.bits}. Take the format weft."
+        return not_whole(inner)
 
     def _write(self, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
-        assert isinstance(packed, Affine)
-        codes, zero = unsigned(packed)
-        made = {"weight_packed": pack_bits(codes, packed.bits), "weight_scale": packed.scale}
-        made["weight_shape"] = torch.tensor(packed.shape)
-        if not is_symmetric(packed):
-            made["weight_zero_point"] = pack_bits(zero.T, packed.bits).T
-        return made
+        inner = packed.inner if isinstance(packed, Activations) else packed
+        assert isinstance(inner, Affine)
+        codes, zero = unsigned(inner)
+        made = {"weight_packed": pack_bits(codes, inner.bits), "weight_scale": inner.scale}
+        made["weight_shape"] = torch.tensor(inner.shape)
+        if not is_symmetric(inner):
+            made["weight_zero_point"] = pack_bits(zero.T, inner.bits).T
+        return made | _input_scale(packed)
 
 
 class IntQuantized(CompressedTensors):
-    """Whole numbers of 8 bits for weights and inputs."""
+    """Whole numbers of up to 8 bits in a byte each, for layers whose inputs have 8 bits too."""
 
     name: ClassVar[str] = "int-quantized"
 
@@ -134,17 +136,18 @@ class IntQuantized(CompressedTensors):
         if not isinstance(packed, Activations) or packed.kind != "int8":
             return "it is for layers whose inputs have 8 bits too. Take pack-quantized."
         inner = packed.inner
-        if not isinstance(inner, Affine) or inner.bits != 8:
-            return "it holds grids of 8 bits. Take pack-quantized or weft."
+        if not isinstance(inner, Affine) or not 2 <= inner.bits <= 8:
+            return "it holds grids of 2 to 8 bits. Take weft."
         return not_whole(inner)
 
     def _write(self, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
         assert isinstance(packed, Activations)
         assert isinstance(packed.inner, Affine)
         codes, zero = unsigned(packed.inner)
-        made = {"weight": (codes - 128).to(torch.int8), "weight_scale": packed.inner.scale}
+        middle = 1 << (packed.inner.bits - 1)
+        made = {"weight": (codes - middle).to(torch.int8), "weight_scale": packed.inner.scale}
         if not is_symmetric(packed.inner):
-            made["weight_zero_point"] = (zero - 128).to(torch.int8)
+            made["weight_zero_point"] = (zero - middle).to(torch.int8)
         return made | _input_scale(packed)
 
 
@@ -167,7 +170,7 @@ class FloatQuantized(CompressedTensors):
         strategy = self.scheme(inner).weights["strategy"]
         scale = inner.scale.reshape(1) if strategy == "tensor" else inner.scale
         made = {"weight": inner.codes.contiguous().view(torch.float8_e4m3fn), "weight_scale": scale}
-        return made | (_input_scale(packed) if isinstance(packed, Activations) else {})
+        return made | _input_scale(packed)
 
 
 class Float4(CompressedTensors):
@@ -218,5 +221,6 @@ def _other(packed: Packed) -> str:
     return known.get(packed.kind, "weft") if isinstance(packed, Minifloat) else "weft"
 
 
-def _input_scale(packed: Activations) -> dict[str, Tensor]:
-    return {} if packed.input_scale is None else {"input_scale": packed.input_scale.reshape(1)}
+def _input_scale(packed: Packed) -> dict[str, Tensor]:
+    scale = packed.input_scale if isinstance(packed, Activations) else None
+    return {} if scale is None else {"input_scale": scale.reshape(1)}

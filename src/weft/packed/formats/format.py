@@ -101,9 +101,9 @@ class Format:
 
     def layers(self, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, list[str]]:
         """Packed layers among a file's tensors: P -> the names of its tensors."""
-        known = set(names)
-        made = {}
-        for name in known:
+        names = list(names)
+        known, made = set(names), {}
+        for name in names:
             for mark in self.marks:
                 if name.endswith(mark):
                     layer = name.removesuffix(mark)

@@ -47,8 +47,8 @@ def same_scales(first: Packed, second: Packed) -> bool:
 
 
 def unsigned(packed: Affine) -> tuple[Tensor, Tensor]:
-    """Codes and zero points counted from 0: int64 (out, in) and (out, groups)."""
-    return packed.codes.long() - packed.low, packed.zero.double().round().long() - packed.low
+    """Codes and zero points counted from 0: int32 (out, in) and (out, groups)."""
+    return packed.codes.int() - packed.low, packed.zero.double().round().int() - packed.low
 
 
 def not_whole(packed: Affine) -> str:
