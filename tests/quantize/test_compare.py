@@ -43,7 +43,7 @@ def test_rows_say_what_quantising_gives(llama: tuple[Path, list[Any], list[Any]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Walk, "__enter__", counted)
         found = compare_methods(model, CANDIDATES, data, held_out, tmp_path / "out", mixed=[5], keep=True)
-    assert sum(walks) == 1
+    assert sum(walks) == 2  # one for all statistics, one for what the mixed candidate is chosen by
     out = tmp_path / "out"
     assert json.loads((out / "comparison.json").read_text()) == found
     assert sorted(p.name for p in out.iterdir()) == ["comparison.html", "comparison.json", "curves.json", "models"]
@@ -79,7 +79,11 @@ def test_rows_say_what_quantising_gives(llama: tuple[Path, list[Any], list[Any]]
     assert page.count("<circle") == 5
     assert "<script" not in page
     budget = rows["rtn 4"]["bytes"]
-    within = compare_methods(model, CANDIDATES, data, held_out, tmp_path / "b", budget=budget)
+    walks.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Walk, "__enter__", counted)
+        within = compare_methods(model, CANDIDATES, data, held_out, tmp_path / "b", budget=budget)
+    assert sum(walks) == 1
     assert (
         within["best"] == min((r for r in within["rows"] if r["bytes"] <= budget), key=lambda r: r["loss"])["candidate"]
     )
@@ -96,7 +100,7 @@ class Huge(RTN):
     """Values that overflow in the network."""
 
     def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Any:
-        return super().fit(name, weight * 1e30, statistics)
+        return super().fit(name, weight * 1e36, statistics)
 
 
 class Fails(Change):
@@ -199,7 +203,6 @@ def test_an_encoder_by_its_embeddings(tmp_path: Path) -> None:
     )
     assert found["score"] == "cosine_distance"
     assert found["rows"][0]["loss"] < found["rows"][1]["loss"]
-    assert found["best"] == "a"
 
 
 def test_what_cannot_be(llama: tuple[Path, list[Any], list[Any]], tmp_path: Path) -> None:

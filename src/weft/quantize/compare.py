@@ -1,6 +1,6 @@
 """Compare candidates for quantising a model: one pass over calibration data for all, then each one's size and score.
 
-The original model is walked once; its statistics give every candidate's error in every layer
+The original model is walked once (once more where ``mixed`` is asked for); its statistics give every candidate's error in every layer
 (:mod:`weft.quantize.curves`), and the candidates themselves, each of which is written, scored on held-out data
 (:func:`weft.quantize.evaluate`) and removed again. ``mixed`` candidates have the bits of each layer chosen from the same
 errors.
@@ -55,7 +55,7 @@ def compare_methods(
     output: str | os.PathLike[str],
     *,
     mixed: Sequence[float] = (),
-    measure: str = "relative",
+    measure: str = "",
     together: str | Iterable[Sequence[str]] = INPUTS,
     tolerance: float = TOLERANCE,
     budget: int | None = None,
@@ -142,7 +142,17 @@ def compare_methods(
                     shutil.rmtree(work.root / name, ignore_errors=True)
                 (work.root / CURVES_FILE).unlink(missing_ok=True)
             run = _Run(
-                checkpoint, candidates, data, held, work.root, sequential, keep, memory, check, progress or Progress()
+                checkpoint,
+                candidates,
+                data,
+                held,
+                work.root,
+                bool(mixed),
+                sequential,
+                keep,
+                memory,
+                check,
+                progress or Progress(),
             )
             curves = run.curves()
             ways: dict[str, Any] = dict(candidates)
@@ -158,7 +168,7 @@ def compare_methods(
             found |= {
                 "held_out": int(original["scores"]["tokens"]),
                 "seconds": run.seconds,
-                "layers": _by_layer(curves, measure),
+                "layers": _by_layer(curves),
             }
             shutil.rmtree(work.files, ignore_errors=True)
             work.files.mkdir()
@@ -191,7 +201,7 @@ class _Run:
 
     def __init__(
         self, checkpoint: Checkpoint, candidates: Mapping[str, Change], data: list[Any], held_out: list[Any], root: Path,
-        sequential: bool, keep: bool, memory: int, check: bool, progress: Progress,
+        block_errors: bool, sequential: bool, keep: bool, memory: int, check: bool, progress: Progress,
     ):  # fmt: skip
         self.checkpoint, self.candidates, self.data, self.held_out, self.root = (
             checkpoint,
@@ -200,7 +210,14 @@ class _Run:
             held_out,
             root,
         )
-        self.sequential, self.keep, self.memory, self.check, self.progress = sequential, keep, memory, check, progress
+        self.block_errors, self.sequential, self.keep, self.memory, self.check, self.progress = (
+            block_errors,
+            sequential,
+            keep,
+            memory,
+            check,
+            progress,
+        )
         self.seconds: float | None = None
         self.statistics: Statistics | None = None
 
@@ -223,14 +240,11 @@ class _Run:
             )
         self.statistics = Statistics.load(folder)
         if not file.is_file():
+            data = self.data if self.block_errors else None
             error_curves(
-                self.checkpoint,
-                self.candidates,
-                statistics=self.statistics,
-                output=file,
-                check=False,
-                progress=self.progress,
-            )
+                self.checkpoint, self.candidates, data, statistics=self.statistics, block_errors=self.block_errors, output=file,
+                memory=self.memory, check=False, progress=self.progress,
+            )  # fmt: skip
             if fresh:  # of a run that was not stopped
                 self.seconds = round(time.perf_counter() - began, 2)
         return Curves.load(file)
@@ -265,10 +279,9 @@ class _Run:
             scores = evaluate(folder, self.held_out, self.checkpoint, memory=self.memory, progress=self.progress)
             row["scores"] = _finite(scores)
             kind = next((k for k in LOSSES if k in scores), "")
-            if not math.isfinite(scores.get(kind, math.nan)):
-                raise CheckpointError(
-                    f"its score is {scores.get(kind, math.nan)}: the quantised model gives no finite outputs"
-                )
+            bad = [k for k, v in scores.items() if math.isnan(v) or (k == kind and not math.isfinite(v))]
+            if bad or not kind:
+                raise CheckpointError(f"its outputs are not finite: {', '.join(bad) or 'nothing'} is no number")
             row["loss"] = scores[kind]
         except (OutputError, MissingDependencyError):
             raise  # a full disk is no fault of the candidate
@@ -323,10 +336,9 @@ def _beats(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     return its != mine and its[0] <= mine[0] and its[1] <= mine[1]
 
 
-def _by_layer(curves: Curves, measure: str) -> dict[str, dict[str, float | None]]:
-    shown = measure if measure in ("weight", "output", "relative") else "relative"
+def _by_layer(curves: Curves) -> dict[str, dict[str, float | None]]:
     return {
-        name: {label: one.errors.get(shown) for label, one in layer.candidates.items()}
+        name: {label: one.errors.get("relative") for label, one in layer.candidates.items()}
         for name, layer in curves.layers.items()
     }
 

@@ -20,9 +20,10 @@ measure         of a layer and a candidate          sums over layers mean
                                                     diagonal F (:func:`weft.calibrate.collect`)
 ==============  ==================================  ================================================================
 
-``block`` runs each block once more for each of its layers and candidates, with every batch. ``importance`` is that of
-Gradient-Based Post-Training Quantization: Challenging the Status Quo, arXiv:2308.07662 (2023), section on mixed precision;
-its gradients need the whole model in memory once. The others cost nothing beside the fits.
+``block`` runs each block once more for each of its layers and candidates, with every batch; where there is data it is what
+choices are made by, as the others go wrong where layers differ in what becomes of their outputs. ``importance`` is
+:func:`weft.quantize.importance` (arXiv:2308.07662), whose gradients need the whole model in memory once. The others cost
+nothing beside the fits.
 
 Bytes are those of the files: the layer's tensors in the format that says all candidates, scales rounded to its type.
 Layers that too few rows reached take what the candidate does without data, as they will in :func:`quantize_model`; of
@@ -66,6 +67,7 @@ from weft.packed import Packed
 from weft.packed.formats import find_format
 from weft.quantize.allocate import Allocation, Frontier, frontier
 from weft.quantize.files import PackedFiles
+from weft.quantize.gradient_ptq import importance
 from weft.quantize.run import AUTO, as_in_files, describe, file_format
 
 MEASURES = ("weight", "output", "relative", "block", "importance")
@@ -142,12 +144,22 @@ class Curves:
             groups.setdefault(layer.inputs, []).append(name)
         return [names for names in groups.values() if len(names) > 1]
 
-    def by(self, measure: str) -> dict[str, dict[str, tuple[float, float]]]:
+    @property
+    def measure(self) -> str:
+        """What choices are made by where nothing is said: ``block`` if it was measured, else ``relative``."""
+        measured = {m for layer in self.layers.values() for one in layer.candidates.values() for m in one.errors}
+        return "block" if "block" in measured else "relative"
+
+    def by(self, measure: str = "") -> dict[str, dict[str, tuple[float, float]]]:
         """Bytes and error of each candidate of each layer, as :func:`weft.quantize.frontier` takes them.
+
+        Args:
+            measure: one of ``MEASURES``; empty: :attr:`measure`.
 
         Raises:
             RecipeError: the measure is not known, or was not taken.
         """
+        measure = measure or self.measure
         if measure not in MEASURES:
             raise RecipeError(f"There is no measure {measure!r}.{did_you_mean(measure, MEASURES)}")
         found = {
@@ -174,7 +186,7 @@ class Curves:
         """The least total error for every number of bytes.
 
         Args:
-            measure: one of ``MEASURES``.
+            measure: see :meth:`by`.
             together: groups of layers that choose one candidate; ``inputs``: :meth:`together`; () for none.
             budget: the largest that is of interest.
         """
@@ -231,7 +243,7 @@ def choose_bits(
     *,
     target_bits: float | None = None,
     target_bytes: float | None = None,
-    measure: str = "relative",
+    measure: str = "",
     together: str | Iterable[Sequence[str]] = INPUTS,
     curves: Curves | None = None,
     **options: Any,
@@ -244,7 +256,7 @@ def choose_bits(
         batches: calibration data.
         target_bits: bits per weight of the chosen layers together, scales included; or
         target_bytes: their bytes in files.
-        measure: one of ``MEASURES``.
+        measure: one of ``MEASURES``; empty: ``block`` where there are batches (or curves that have it), else ``relative``.
         together: see :meth:`Curves.frontier`.
         curves: measured before, instead of now.
         options: of :func:`error_curves`.
@@ -262,7 +274,7 @@ def choose_bits(
     if (target_bits is None) == (target_bytes is None):
         raise RecipeError("Give target_bits (bits per weight) or target_bytes, one of them.")
     if curves is None:
-        block_errors = options.pop("block_errors", measure == "block")
+        block_errors = options.pop("block_errors", measure == "block" or (not measure and batches is not None))
         curves = error_curves(model, candidates, batches, block_errors=block_errors, **options)
     size = sum(curves.sizes.values())
     budget = target_bytes if target_bytes is not None else size * (target_bits or 0) / 8
@@ -536,9 +548,9 @@ class _Run:
         elif not rows:
             found |= {"output": 0.0, "relative": found["weight"]}
         if self.slopes is not None:
-            importance = _importance(name, layer, delta, self.slopes)
-            if importance is not None:
-                found["importance"] = importance
+            cost = _importance(name, layer, weight, weight + delta, self.slopes)
+            if cost is not None:
+                found["importance"] = cost
         return found
 
     def behind(self, block: Block, layer: nn.Module, weight: Tensor, values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -580,22 +592,21 @@ def _through(matrix: Tensor, gram: Tensor) -> float:
     return math.fsum(_through(m, g) for m, g in zip(matrix.chunk(len(gram)), gram))
 
 
-def _importance(name: str, layer: nn.Module, delta: Tensor, slopes: Statistics) -> float | None:
+def _importance(name: str, layer: nn.Module, weight: Tensor, value: Tensor, slopes: Statistics) -> float | None:
     """Σ |g Δ| + ½ Σ F Δ²; None if neither is known of the layer."""
     key, known = f"{name}.weight", set(slopes.names)
     kind = next((k for k in _FISHER if f"{key}/fisher_{k}" in known), "")
-    total = None
-    if f"{key}/gradient" in known:
-        total = float((_seen(layer, slopes.gradient(key)) * delta).abs().sum(dtype=torch.float64))
-    if kind:
-        fisher = _seen(layer, slopes.fisher(key, kind))
-        total = (total or 0.0) + float((fisher * delta.square()).sum(dtype=torch.float64)) / 2
-    return total
+    if not kind and f"{key}/gradient" not in known:
+        return None
+    nothing = torch.zeros_like(weight)
+    gradient = _seen(layer, slopes.gradient(key)) if f"{key}/gradient" in known else nothing
+    fisher = _seen(layer, slopes.fisher(key, kind)) if kind else nothing
+    return float(importance(weight, value, gradient, fisher).sum())
 
 
 def _seen(layer: nn.Module, value: Tensor) -> Tensor:
     """A statistic of a parameter as the matrix (out, in) that its layer multiplies by."""
-    return layout_of(layer, "weight", value).seen(value).flatten(1).float()
+    return layout_of(layer, "weight", value).seen(value).flatten(1)
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerCurve:

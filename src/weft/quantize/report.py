@@ -19,9 +19,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from weft.checkpoint.checkpoint import Checkpoint
+from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.folder import read_json
-from weft.checkpoint.open import open_checkpoint
+from weft.checkpoint.open import open_checkpoint, open_path
 from weft.engine.run import REPORT_FILE
 from weft.errors import CheckpointError, OutputError
 
@@ -205,20 +205,26 @@ def _blocks(order: list[str], rows: list[dict[str, Any]], measure: str) -> list[
 
 
 def sizes_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Bytes of all tensors in the files, and bits for each weight of packed layers and of the whole model."""
-    total = packed = weights = 0
-    for name, tensor in checkpoint.items():
-        if name in checkpoint.aliases:
-            continue
-        parts = getattr(tensor.source, "parts", None)  # the tensors that a packed layer is computed from
-        held = tensor.nbytes if parts is None else sum(p.nbytes for p in parts)
-        total += held
-        if parts is not None:
-            packed += held
-            weights += tensor.size
+    """What a model takes on disk, from headers alone.
+
+    Returns:
+        ``bytes`` of all tensors in its files, ``bits_per_weight`` of its packed layers with everything that belongs to them
+        (None where there are none, or where files are of another kind than safetensors), ``bits_per_parameter`` of all.
+    """
+    plain = {name: tensor for name, tensor in checkpoint.items() if name not in checkpoint.aliases}
+    held: dict[str, LazyTensor] = {}
+    total = sum(tensor.nbytes for tensor in plain.values())
+    if checkpoint.packed and checkpoint.folder is not None:
+        for path in sorted(checkpoint.folder.glob("*.safetensors")):
+            with open_path(path) as file:
+                held |= file.tensors
+        total = sum(t.nbytes for t in held.values()) or sum(p.stat().st_size for p in checkpoint.folder.glob("*.gguf"))
+    same = {n for n, t in plain.items() if n in held and held[n].shape == t.shape}
+    weights = sum(t.size for n, t in plain.items() if n not in same)
+    packed = sum(t.nbytes for n, t in held.items() if n not in same)
     return {
         "bytes": total,
-        "bits_per_weight": 8 * packed / weights if weights else None,
+        "bits_per_weight": 8 * packed / weights if held and weights else None,
         "bits_per_parameter": 8 * total / max(checkpoint.parameters, 1),
     }
 
