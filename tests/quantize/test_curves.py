@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -200,6 +201,18 @@ def test_a_model_is_quantised_as_chosen(llama: tuple[nn.Module, list[Any], Path]
     assert evaluate(tmp_path / "out", batches, folder)["kl"] < 0.1
 
 
+def test_a_few_tokens_say_the_same(llama: tuple[nn.Module, list[Any], Path]) -> None:
+    model, batches, _ = llama
+    few, first = (
+        error_curves(model, {"3": RTN(3, 16)}, b, block_errors=True, block_tokens=t, where="up_proj")
+        for b, t in ((batches, 1), (batches[:1], 4096))
+    )
+    for name, layer in few.layers.items():
+        found = layer.candidates["3"].errors
+        assert found["block"] == first.layers[name].candidates["3"].errors["block"] > 0
+        assert found["relative"] != first.layers[name].candidates["3"].errors["relative"]
+
+
 def test_an_open_checkpoint_stays_open(llama: tuple[nn.Module, list[Any], Path], tmp_path: Path) -> None:
     _, batches, folder = llama
     with weft.open(folder) as opened:
@@ -278,3 +291,13 @@ def test_what_cannot_be(llama: tuple[nn.Module, list[Any], Path], tmp_path: Path
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(CheckpointError):
             Curves.load(tmp_path / "bad.json")
+
+
+def test_the_page_shows_the_committed_measurements() -> None:
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("mixed_bits", root / "benchmarks" / "mixed_bits.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table(json.loads(module.RESULTS.read_text())) in (root / "docs" / "quantize.md").read_text()

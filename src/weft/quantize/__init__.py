@@ -9,8 +9,9 @@ memory, :func:`quantize_model` writes a quantised copy of one on disk, :func:`lo
 """
 
 from weft.quantize.allocate import Allocation, Frontier, allocate_bits, frontier
+from weft.quantize.choose import Chosen, choose_bits
 from weft.quantize.compare import compare_methods
-from weft.quantize.curves import Chosen, Curves, choose_bits, error_curves
+from weft.quantize.curves import Curves
 from weft.quantize.evaluate import evaluate
 from weft.quantize.flexround import FlexRound, FlexRounding
 from weft.quantize.floating_point import FloatingPoint, float_codes, float_scales
@@ -20,6 +21,7 @@ from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.hqq import HQQ, hqq_codes
 from weft.quantize.load import load_quantized
 from weft.quantize.low_rank_patch import low_rank_patch
+from weft.quantize.measure_curves import error_curves
 from weft.quantize.nf4 import Codebook, codebook_codes
 from weft.quantize.nupes import NUPES, PowerCodes
 from weft.quantize.powerquant import PowerQuant, power_codes, power_exponent

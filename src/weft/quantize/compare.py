@@ -1,7 +1,7 @@
 """Compare candidates for quantising a model: one pass over calibration data for all, then each one's size and score.
 
 The original model is walked once (once more where ``mixed`` is asked for); its statistics give every candidate's error in every layer
-(:mod:`weft.quantize.curves`), and the candidates themselves, each of which is written, scored on held-out data
+(:mod:`weft.quantize.measure_curves`), and the candidates themselves, each of which is written, scored on held-out data
 (:func:`weft.quantize.evaluate`) and removed again. ``mixed`` candidates have the bits of each layer chosen from the same
 errors.
 
@@ -37,8 +37,10 @@ from weft.checkpoint.open import open_checkpoint
 from weft.engine.journal import WorkFolder
 from weft.engine.progress import Progress
 from weft.errors import CheckpointError, MissingDependencyError, OutputError, RecipeError, WeftError
-from weft.quantize.curves import FAILURES, INPUTS, Curves, choose_bits, error_curves
+from weft.quantize.choose import choose_bits
+from weft.quantize.curves import INPUTS, Curves
 from weft.quantize.evaluate import evaluate
+from weft.quantize.measure_curves import FAILURES, error_curves
 from weft.quantize.report import sizes_of
 from weft.quantize.run import describe, quantize_model
 
