@@ -254,6 +254,7 @@ class _Run:
             return {}
         statistics = self.held or self.gathered(block, layers)
         task = BlockTask(block, layers, statistics)
+        before = self.before(block) if self.block_tokens else []
         made = {}
         for name in layers:
             leader, rows = statistics.facts.layers.get(name, (name, 0))
@@ -262,7 +263,7 @@ class _Run:
             values = {label: self.candidate(task, name, label, weight, curve) for label in self.candidates}
             if self.block_tokens:
                 moved = {label: v for label, v in values.items() if v is not None}
-                for label, error in self.behind(block, layers[name], weight, moved).items():
+                for label, error in _behind(block, layers[name], weight, moved, before).items():
                     curve.candidates[label].errors["block"] = error
             for label, one in curve.candidates.items():
                 bad = [m for m, e in one.errors.items() if not math.isfinite(e)]
@@ -335,29 +336,38 @@ class _Run:
                 found["importance"] = cost
         return found
 
-    def behind(self, block: Block, layer: nn.Module, weight: Tensor, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """How much of the hidden states behind the block changes with each value of a layer's matrix."""
+    def before(self, block: Block) -> list[tuple[int, Tensor, Tensor | None]]:
+        """Batches with as many tokens as are wanted: number, hidden states behind the block, which tokens count."""
         assert self.data is not None
-        sums, tokens = dict.fromkeys(values, 0.0), 0
-        try:
-            for number in sorted(range(len(self.data)), key=_spread):
-                if tokens >= self.block_tokens:
-                    break
-                batch = self.data[number]
-                _set(layer, weight)
-                before = _hidden(block, number)
-                mask = two_axes(batch, "attention_mask")
-                counts = mask.bool() if mask is not None and mask.shape == before.shape[:2] else None
-                sizes = before.double().square().sum(-1)
-                for label, value in values.items():
-                    _set(layer, value)
-                    change = (_hidden(block, number) - before).double().square().sum(-1)
-                    shares = change / sizes.clamp(min=torch.finfo(torch.float32).tiny)
-                    sums[label] += float((shares if counts is None else shares[counts]).sum())
-                tokens += sizes.numel() if counts is None else int(counts.sum())
-        finally:
-            _set(layer, weight)
-        return {label: total / max(tokens, 1) for label, total in sums.items()}
+        found, tokens = [], 0
+        for number in sorted(range(len(self.data)), key=_spread):
+            if tokens >= self.block_tokens:
+                break
+            hidden = _hidden(block, number)
+            mask = two_axes(self.data[number], "attention_mask")
+            counts = mask.bool() if mask is not None and mask.shape == hidden.shape[:2] else None
+            found.append((number, hidden, counts))
+            tokens += hidden[..., 0].numel() if counts is None else int(counts.sum())
+        return found
+
+
+def _behind(
+    block: Block, layer: nn.Module, weight: Tensor, values: Mapping[str, Tensor], before: list[tuple[int, Tensor, Tensor | None]]
+) -> dict[str, float]:  # fmt: skip
+    """How much of the hidden states behind the block changes with each value of a layer's matrix."""
+    found = {}
+    try:
+        for label, value in values.items():
+            _set(layer, value)
+            shares = []
+            for number, hidden, counts in before:
+                change = (_hidden(block, number) - hidden).double().square().sum(-1)
+                share = change / hidden.double().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+                shares.append((share if counts is None else share[counts]).flatten())
+            found[label] = float(torch.cat(shares).mean()) if any(s.numel() for s in shares) else 0.0
+    finally:
+        _set(layer, weight)
+    return found
 
 
 def _spread(number: int) -> float:
