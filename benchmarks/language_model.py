@@ -25,7 +25,17 @@ HELD_OUT = 8  # of so many packages one
 def sources() -> tuple[list[str], list[str]]:
     """Files of the standard library: those to train on, and those of held-out packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3", "turtledemo", "ensurepip", "config"}
+    skipped = {
+        "site-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "__pycache__",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "config",
+    }
     packages = sorted(p for p in root.iterdir() if p.name not in skipped and (p.suffix == ".py" or p.is_dir()))
     train: list[str] = []
     held: list[str] = []

@@ -91,6 +91,17 @@ def _summary(times: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+def table(results: dict[str, Any], out: int = 4096, inputs: int = 4096) -> str:
+    """The rows of one shape as a table in Markdown."""
+    rows = [r for r in results["rows"] if (r["out"], r["in"]) == (out, inputs)]
+    names = [n for n in rows[0]["milliseconds"] if n != "int4 auto"]
+    lines = ["| rows of x | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        cells = [f"{row['milliseconds'][n]['median']:.2f} ({row['against_dense'][n]:.2f})" for n in names]
+        lines.append(f"| {row['batch']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -117,7 +128,8 @@ def main() -> None:
         "threads": torch.get_num_threads(), "torch": torch.__version__, "load": round(os.getloadavg()[0], 2),
         "clock": "processor" if options.busy else "wall",
     }  # fmt: skip
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    lines = ",\n ".join(json.dumps(row) for row in rows)
+    RESULTS.write_text(f'{{"machine": {json.dumps(machine)},\n "rows": [\n {lines}\n]}}\n')
 
 
 if __name__ == "__main__":

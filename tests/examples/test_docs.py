@@ -47,3 +47,12 @@ def test_the_page_on_norms_shows_the_committed_measurements() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.table(json.loads(module.RESULTS.read_text())) in (DOCS / "normalize.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_quantising_shows_the_committed_measurements() -> None:
+    spec = importlib.util.spec_from_file_location("quantized_linear", ROOT / "benchmarks" / "quantized_linear.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table(json.loads(module.RESULTS.read_text())) in (DOCS / "quantize.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ import weft
 from weft.adapt import EVA, Bone, LoRA, load_adapter_, merge_, remove_, save_adapter, switched, unmerge_
 from weft.errors import RecipeError
 from weft.normalize import WeightStandardization
-from weft.packed import Affine, QuantizedLinear, replace_
+from weft.packed import Affine, QuantizedExperts, QuantizedLinear, replace_
 
 
 def affine(out: int, columns: int, seed: int) -> Affine:
@@ -102,6 +102,23 @@ def test_switching_merging_and_removing() -> None:
     assert torch.equal(packed(x), plain(x))
 
 
+@pytest.mark.parametrize("config", [LoRA(rank=2), LoRA(rank=2, start="pissa"), WeightStandardization()], ids=str)
+def test_inputs_rule_the_type(config: Any) -> None:
+    packed, _ = models()
+    weft.parametrize_(packed, config)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        model = copy.deepcopy(packed).to(dtype)
+        x = torch.randn(3, 64, dtype=dtype, requires_grad=True)
+        made = model(x)
+        made.sum().backward()
+        assert made.dtype == dtype
+        torch.testing.assert_close(made.float(), packed(x.float()), rtol=0.1, atol=0.1)
+    if isinstance(config, LoRA):
+        merge_(packed.eval())
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(packed.bfloat16()(x.bfloat16()).float(), packed(x), rtol=0.1, atol=0.1)
+
+
 def test_folders_of_dense_and_packed_models_are_one(tmp_path: Path) -> None:
     packed, dense = (nn.ModuleDict({"net": m}) for m in both(LoRA(rank=2)))
     x = torch.randn(3, 64)
@@ -116,6 +133,28 @@ def test_folders_of_dense_and_packed_models_are_one(tmp_path: Path) -> None:
     torch.testing.assert_close(again["net"](x), packed["net"](x))
 
 
+def test_folders_say_which_layers_store_their_matrix_transposed(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=40, bos_token_id=0, eos_token_id=0)
+    dense = transformers.GPT2LMHeadModel(config).eval()
+    packed = {f"transformer.h.0.attn.{n}": affine(out, 32, 0) for n, out in (("c_attn", 96), ("c_proj", 32))}
+    model = replace_(copy.deepcopy(dense), packed)
+    with torch.no_grad():
+        for name, one in packed.items():
+            dense.get_submodule(name).weight.copy_(one.dequantize().T)
+    found = []
+    for one in (dense, model):
+        torch.manual_seed(0)
+        weft.adapt_(one, LoRA(rank=2), where="c_attn")
+        folder = tmp_path / str(len(found))
+        assert save_adapter(one, folder).form == "peft"
+        found.append(tuple((folder / n).read_bytes() for n in ("adapter_config.json", "adapter_model.safetensors")))
+    assert found[0] == found[1]
+    assert b'"fan_in_fan_out": true' in found[0][0]
+    tokens = torch.randint(40, (1, 6))
+    torch.testing.assert_close(model(tokens).logits, dense(tokens).logits)
+
+
 def test_other_functions_and_data() -> None:
     packed, dense = models()
     for model in (packed, dense):
@@ -127,6 +166,21 @@ def test_other_functions_and_data() -> None:
     for model in (packed, dense):
         weft.adapt_(model, EVA(rank=2), data=data)
     torch.testing.assert_close(packed(x), dense(x))
+
+
+def test_experts_are_adapted_where_they_are_named() -> None:
+    experts = QuantizedExperts([affine(32, 64, i) for i in range(3)])
+    model = nn.ModuleDict({"experts": experts, "other": QuantizedLinear.from_packed(affine(32, 64, 9))})
+    assert list(weft.adapt_(model, LoRA(rank=2)).touched) == ["other.weight"]
+    assert len(weft.adapt_(model, LoRA(rank=2), where="experts.*", name="experts").touched) == 3
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.add_(0.1)
+    change = 8.0 * experts.layers[1].parametrizations.weight[0].change(torch.zeros(32, 64))
+    wanted = affine(32, 64, 1).dequantize() + change
+    torch.testing.assert_close(nn.functional.linear(x, experts[1]), x @ wanted.T)
+    torch.testing.assert_close(experts[1].dense(), wanted)
 
 
 def test_what_cannot_be_is_said() -> None:

@@ -325,10 +325,10 @@ def test_adapters_are_baked_into_quantised_bases(models: Path, tmp_path: Path) -
 def test_a_rewritten_quantised_model_is_plain(models: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from weft.quantize import RTN, quantize_rtn
+    from weft.quantize import RTN, quantize_model
 
     for kind in ("one", "two"):
-        made = quantize_rtn(models / kind, tmp_path / kind, RTN(bits=8, group_size=0, kind="symmetric"))
+        made = quantize_model(models / kind, tmp_path / kind, RTN(8, 0, "symmetric"), format="dense")
         assert "quantization_config" not in json.loads((made / "config.json").read_text())
         assert not (made / "quantize_config.json").exists()
         state = AutoModelForCausalLM.from_pretrained(made).state_dict()

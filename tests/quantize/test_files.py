@@ -138,3 +138,18 @@ def test_plain_modules() -> None:
     expected = RTN(4, 4).fit("0", dense[0].weight.detach(), None).dequantize()  # type: ignore[arg-type]
     quantize_(dense, RTN(4, 4), pack=False)
     assert torch.equal(dense[0].weight, expected)
+
+
+def test_quantising_what_is_quantised(tmp_path: Path) -> None:
+    """Its packed weights are unpacked; the new configuration takes the place of the old one."""
+    _, batches, folder = saved(tmp_path, "llama")
+    first = quantize_model(folder, tmp_path / "first", RTN(8, 16), format="gptq")
+    second = quantize_model(first, tmp_path / "second", RTN(4, 16), batches)
+    config = json.loads((second / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    assert not (second / "quantize_config.json").exists()
+    plain = quantize_model(first, tmp_path / "plain", RTN(4, 16), format="dense")
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+    with weft.open(second) as one, weft.open(plain) as other:
+        for name in other:
+            assert torch.equal(one[name].torch(), other[name].torch().float()), name

@@ -93,6 +93,12 @@ def test_zeros_never_move_and_codes_stay_in_range(rank: int) -> None:
     assert torch.equal(made.zero, made.zero.round())
 
 
+def test_a_rank_is_used_where_it_saves_numbers() -> None:
+    for rank, full in ((3, False), (5, True), (0, True)):  # of 6 · 24 numbers, a rank takes 30 each
+        soft = FlexRounding(weights(), Grid(3, 0), rank, torch.Generator().manual_seed(0))
+        assert (soft.divisor_log is not None) == full
+
+
 def test_weights_move_beyond_their_neighbours() -> None:
     """Unlike AdaRound's, and larger ones more often."""
     w = weights(4, 16)

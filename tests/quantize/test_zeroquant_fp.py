@@ -145,6 +145,8 @@ def test_the_weighted_patch_is_the_best_for_outputs(shape: tuple[int, int]) -> N
     for bad in (0, 13):
         with pytest.raises(RecipeError, match="rank"):
             low_rank_patch(lost, bad)
+    with pytest.raises(RecipeError, match="NaN"):
+        low_rank_patch(lost, 2, torch.full((shape[1], shape[1]), float("nan")))
 
 
 def column_by_column(w: Tensor, g: Tensor, scale: Tensor, kind: str, damping: float) -> Tensor:

@@ -30,12 +30,14 @@ class Part:
     Attributes:
         tensors: new tensors by their names in the output.
         replaces: names in the input whose tensors these take the place of, each with its new names.
-        report: JSON facts.
+        report: JSON facts by layer.
+        blocks: JSON facts by block.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     replaces: dict[str, list[str]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    blocks: dict[str, Any] = field(default_factory=dict)
 
 
 class Parts:
@@ -61,15 +63,15 @@ class Parts:
     def put(self, number: int, part: Part) -> None:
         """Write a block's part; it is there completely or not at all."""
         self._path(number).unlink(missing_ok=True)
-        facts = json.dumps({"replaces": part.replaces, "report": part.report})
+        facts = json.dumps({"replaces": part.replaces, "report": part.report, "blocks": part.blocks})
         save_tensors(self._path(number), part.tensors, {"format": "pt", "weft": facts})
 
-    def report(self) -> dict[str, Any]:
-        """The reports of all parts."""
+    def report(self, what: str = "report") -> dict[str, Any]:
+        """Facts of all parts, by layer, or (``"blocks"``) by block."""
         found: dict[str, Any] = {}
         for path in self._paths():
             with open_path(path) as part:
-                found |= json.loads(part.metadata["weft"])["report"]
+                found |= json.loads(part.metadata["weft"])[what]
         return found
 
     def assembled(self, checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[Checkpoint, list[str]]:

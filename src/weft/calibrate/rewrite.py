@@ -135,8 +135,12 @@ def write_blocks(
     force: bool,
     check: bool,
     progress: Progress | None,
+    timings: dict[str, float] | None = None,
 ) -> Path:
-    """:func:`rewrite`, with packed weights in a format of their own where ``files`` are given."""
+    """:func:`rewrite`, with packed weights in a format of their own where ``files`` are given.
+
+    ``timings`` receives the seconds of each layer, which the output does not hold: it is the same bytes each time.
+    """
     changes = as_changes(change)
     extra = check_what(what, list(KINDS)) if what else []
     held = Statistics.load(statistics) if isinstance(statistics, str | os.PathLike) else statistics
@@ -177,6 +181,7 @@ def write_blocks(
                 part = files.block(block, tasks) if changed and files else Part()
                 _add_dense(part, tensors, checkpoint)
                 part.report = {name: task.notes.get(name, {}) for task in tasks for name in task.layers}
+                part.blocks = {n: notes for task in tasks for n, notes in task.notes.items() if n not in part.report}
                 parts.put(block.number, part)
                 progress.advance(block.name or "embeddings and head", 1)
             report = parts.report()
@@ -190,7 +195,10 @@ def write_blocks(
                 texts["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             with CheckpointWriter(whole, target, force=force, shard_bytes=shard_bytes, work=work) as writer:
                 stable = {n: {k: v for k, v in notes.items() if k != "seconds"} for n, notes in report.items()}
-                writer.publish({"weft": weft.__version__, **facts, "changed": changed_names, "layers": stable}, texts)
+                said = {**facts, "changed": changed_names, "layers": stable, "blocks": parts.report("blocks")}
+                if timings is not None:
+                    timings.update({n: notes["seconds"] for n, notes in report.items() if "seconds" in notes})
+                writer.publish({"weft": weft.__version__, **said}, texts)
             own = {id(t.source) for t in checkpoint.tensors.values()}  # which the caller may go on with
             for source in {id(t.source): t.source for t in whole.tensors.values() if id(t.source) not in own}.values():
                 source.close()
@@ -249,7 +257,8 @@ def change_block(
         statistics = _statistics_of(block, kinds, needed)
     tasks = []
     for selector, layers in mine.items():
-        task = BlockTask(block, layers, statistics, seed, skip_errors, rounding)
+        others = frozenset(n for other, names in mine.items() if other is not selector for n in names)
+        task = BlockTask(block, layers, statistics, seed, skip_errors, rounding, others)
         changes[selector].change_block(task)
         tasks.append(task)
     return tasks

@@ -99,6 +99,7 @@ class BlockTask:
         seed: of what is drawn; see :meth:`generator`.
         skip_errors: leave a layer as it is where its change fails, and note the reason.
         round: what files will make of a packed weight (scales in their type), done to every one that is put.
+        elsewhere: layers of the block that other changes have.
         packed: what was put, of the layers that were given packed weights.
         changed: layers that were put.
         notes: facts for the report, by layer.
@@ -110,6 +111,7 @@ class BlockTask:
     seed: int = 0
     skip_errors: bool = False
     round: Callable[[Packed], Packed] | None = None
+    elsewhere: frozenset[str] = frozenset()
     packed: dict[str, Packed] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -29,7 +29,7 @@ def watched(
     """
     mine = block_layers(block, where) if layers is None else layers
     experts = experts_of(block.module, block.name) if "routing" in what else {}
-    return Watch(mine, [k for k in what if k in KINDS], experts=experts, mask=_mask_in(block))
+    return Watch(mine, [k for k in what if k in KINDS], experts=experts, mask=mask_in(block))
 
 
 def block_layers(block: Block, where: Selector = "*") -> dict[str, nn.Module]:
@@ -67,7 +67,7 @@ def results_of(
     return tensors()
 
 
-def _mask_in(block: Block) -> Callable[[Tensor], Tensor | None]:
+def mask_in(block: Block) -> Callable[[Tensor], Tensor | None]:
     """Which tokens of a layer's input are not padding: those of its list's own mask, or, of a decoder's layer that is given
     the encoder's states, those of the encoder's.
     """

@@ -25,6 +25,7 @@ class QuantizeMethod(Method):
         group: the parameter that says how many weights share a scale; empty if there is none.
         ragged: whether the inputs need not divide into groups.
         refits: why quantising a quantised weight moves it; empty if it does not.
+        exceptions: checks of the battery that the mathematics forbids, each with the reason.
         trial: values of parameters for the battery's small matrices, beside the group.
     """
 
@@ -34,4 +35,5 @@ class QuantizeMethod(Method):
     group: str = "group_size"
     ragged: bool = False
     refits: str = ""
+    exceptions: Mapping[str, str] = field(default_factory=dict)
     trial: Mapping[str, Any] = field(default_factory=dict)

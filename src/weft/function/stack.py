@@ -205,11 +205,24 @@ class PackedStack(Stack):
         layer = self._layer[0]
         return torch.empty(layer.shape, dtype=layer.dtype or torch.float32, device="meta")
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (…, in) -> (…, out), of the inputs' type."""
+        if self.merged is not None:
+            return _times_in_its_type(x, self._while_merged(self.merged))
+        return self._inner(len(self))(x)
+
     def _inner(self, count: int) -> Inner:
         if count == 0:
             inner: Inner = self._layer[0].multiply
             return inner
-        return super()._inner(count)
+        if list(self)[count - 1].has_product:
+            return super()._inner(count)
+        return partial(_times_in_its_type, weight=self.weight(count))
+
+
+def _times_in_its_type(x: Tensor, weight: Tensor) -> Tensor:
+    """As :func:`_times`; a packed weight has no type of its own that inputs would have to be of."""
+    return _times(x, weight.to(x.dtype))
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:

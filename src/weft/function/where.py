@@ -130,7 +130,8 @@ def _text(selector: str, name: str, module: nn.Module, heads: Collection[int]) -
         return (0, 0)
     if selector == ALL_LINEAR:
         head = id(module) in heads or name.rpartition(".")[2] in HEADS
-        return (1, 0) if is_linear(module) and not head else None
+        expert = getattr(module, "of_experts", False)  # packed; dense ones are one parameter, which this leaves out too
+        return (1, 0) if is_linear(module) and not head and not expert else None
     if selector == name:
         return (5, 0)
     if selector.startswith("re:"):

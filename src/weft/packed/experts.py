@@ -40,7 +40,9 @@ class QuantizedExperts(nn.Module):
             raise RecipeError(f"Experts are of one shape, and there is at least one; got {[p.shape for p in packed]}.")
         self.dtype, self.transposed = dtype, transposed
         for index, one in enumerate(packed):
-            self.add_module(str(index), QuantizedLinear.from_packed(one))
+            layer = QuantizedLinear.from_packed(one)
+            layer.of_experts = True  # "all-linear" leaves experts alone
+            self.add_module(str(index), layer)
 
     def __len__(self) -> int:
         return len(self._modules)

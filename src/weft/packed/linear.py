@@ -110,6 +110,7 @@ class QuantizedLinear(_Holder):
     """
 
     packed_linear = True  # how weft.function tells it from others without importing this module
+    of_experts = False
 
     def __init__(
         self,
@@ -225,14 +226,16 @@ class QuantizedLinear(_Holder):
         """x (…, in) -> (…, out) without the bias."""
         if x.shape[-1] != self.in_features:
             raise RecipeError(f"Inputs have {self.in_features} columns here, got {list(x.shape)}.")
+        if not x.is_floating_point():
+            raise RecipeError(f"Inputs are of a floating-point type, got {x.dtype}.")
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        way = self._chosen()
+        way, facts = self._chosen()
         ready: list[Tensor] = []
         if device == "cpu" and self._serves(way, x) and self._prepared():
             ready = self._ready
-        return packed_linear(x, [self._buffers[name] for name in self._names], ready, self._facts)
+        return packed_linear(x, [self._buffers[name] for name in self._names], ready, facts)
 
     def release(self) -> None:
         """Drop the copy of the codes that small batches multiply by; the next one makes it again."""
@@ -248,20 +251,31 @@ class QuantizedLinear(_Holder):
         return torch.compiler.is_compiling() or self._backend != "auto" or x.numel() <= LARGEST[way] * x.shape[-1]
 
     @torch.compiler.assume_constant_result
-    def _chosen(self) -> str:
-        if not self._way:
-            possible = [w for w in ways(self.tensors(), self.settings) if w not in self._failed]
-            best = possible[0] if possible[0] != "dequantize" else "auto"
-            self._way = self._backend if self._backend != "auto" else best
-            most = LARGEST.get(self._way, LARGEST_ON_GPU if self._way == "auto" else _ALL)
+    def _chosen(self) -> tuple[str, str]:
+        """The way, and what the operator is told; decided once, by the values of zero points among others."""
+        if not self._facts or not self._has_values():
+            way = self._backend
+            if way == "auto" and self._has_values():
+                way = next(w for w in ways(self.tensors(), self.settings) if w not in self._failed)
+                way = "auto" if way == "dequantize" else way
+            most = LARGEST.get(way, LARGEST_ON_GPU if way == "auto" else _ALL)
             dtype = "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
             largest = most if self._backend == "auto" else _ALL
-            self._facts = facts_of(self._names, self.settings, self.shape, self._way, largest, dtype)
-        return self._way
+            facts = facts_of(self._names, self.settings, self.shape, way, largest, dtype)
+            if not self._has_values():
+                return way, facts
+            self._way, self._facts = way, facts
+        return self._way, self._facts
+
+    def _has_values(self) -> bool:
+        """Whether there are numbers: on meta, and while torch.export looks at a model, there are none."""
+        return all(type(t) in (Tensor, nn.Parameter, nn.Buffer) and not t.is_meta for t in self.tensors().values())
 
     @torch.compiler.assume_constant_result
     def _prepared(self) -> bool:
         """Whether the copy of the codes is there; made if it was not."""
+        if not self._has_values():
+            return False
         if not self._ready and self._way not in self._failed:
             with torch.no_grad():
                 self._ready = prepare(self._way, self.tensors(), self.settings, self.shape)

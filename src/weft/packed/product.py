@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -35,13 +35,14 @@ from weft.packed.forms import quantize_inputs
 from weft.packed.rows import dequantize, inside, some_rows
 
 WAYS = ("auto", "dequantize", "int4", "int8", "integer", "triton")
-LARGEST = {"int4": 48, "int8": 32}  # rows of inputs up to which a way beats the reference
+LARGEST = {"int4": 48, "int8": 24}  # rows of inputs up to which a way beats the reference
 LARGEST_ON_GPU = 64  # beyond, a product is bound by arithmetic, and a dense one is faster
 BLOCK = 1 << 20  # weights that are unpacked at once: they stay in a cache
 BLOCK_ON_GPU = 1 << 25
-TOLERANCE = (
-    1 / 64
-)  # of the norm; rounding scales and inputs to bfloat16 costs about 2⁻⁸, a wrong order of codes about 1
+REPACKED = 1 << 24  # weights that are put into another order at once
+ALIGNED = 256  # and rows in multiples of this, which the int4 operator keeps together in blocks of up to 64
+# Of the norm. Rounding scales and inputs to bfloat16 costs about 2⁻⁸, a wrong order of codes about 1.
+TOLERANCE = 1 / 64
 _WARNED: set[str] = set()
 
 
@@ -214,8 +215,8 @@ def _times(
     if len(blocks) == 1:
         return functional.linear(x, dequantize(tensors, settings).to(x.dtype))
     y = x.new_empty(len(x), blocks[-1].stop)
-    for rows in blocks:
-        y[:, rows] = functional.linear(x, dequantize(tensors, settings, rows).to(x.dtype))
+    for rows, weight in _unpacked(tensors, settings, blocks, x):
+        y[:, rows] = functional.linear(x, weight)
     return y
 
 
@@ -231,11 +232,24 @@ def _back(gradient: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str
     if len(blocks) == 1:
         return gradient @ dequantize(tensors, settings).to(gradient.dtype)
     total: Any = 0
-    for rows in blocks:  # added up in at least float32
-        part = gradient[:, rows] @ dequantize(tensors, settings, rows).to(gradient.dtype)
+    for rows, weight in _unpacked(tensors, settings, blocks, gradient):  # added up in at least float32
+        part = gradient[:, rows] @ weight
         total = total + part.to(torch.promote_types(part.dtype, torch.float32))
     assert isinstance(total, Tensor)
     return total
+
+
+def _unpacked(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], blocks: list[slice], x: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the matrix in the type of ``x``, each block in the memory of the one before it: fresh memory costs more."""
+    shape = (blocks[0].stop, int(settings["columns"]))
+    room = torch.empty(shape, device=x.device)
+    narrow = room if x.dtype == room.dtype else x.new_empty(shape)
+    for rows in blocks:
+        count = rows.stop - rows.start
+        made = dequantize(tensors, settings, rows, room[:count])
+        yield rows, made if made.dtype == x.dtype else narrow[:count].copy_(made)
 
 
 def _blocks(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], x: Tensor) -> list[slice]:
@@ -277,7 +291,7 @@ def _on_gpu(x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any
 
 def _integer_product(x: Tensor, ready: list[Tensor], static: Tensor | None) -> Tensor:
     """x (batch, in), quantised to int8, times integers: exact but for the scales."""
-    codes, weight_scale, *offset = ready
+    codes, weight_scale, offset = ready
     wide = x.float()
     if static is None:
         scale = (wide.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
@@ -285,24 +299,38 @@ def _integer_product(x: Tensor, ready: list[Tensor], static: Tensor | None) -> T
     else:  # integers have no NaN: the row's scale is it
         scale = torch.where(wide.isnan().any(1, keepdim=True), torch.nan, static.float())
     steps = (wide / scale).round().clamp(-128, 127).nan_to_num(0.0).to(torch.int8)
-    made = torch_int8.multiply_integers(steps, codes, offset[0] if offset else None)
+    made = torch_int8.multiply_integers(steps, codes, offset)
     return (made.float() * scale * weight_scale).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _ready(way: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[Tensor]:
+    """What a way multiplies by, made from some rows at a time, so that little memory is needed beside it."""
     while settings["form"] in ("low-rank", "activations"):
         tensors, settings = inside(tensors, settings)
+    rows, step = len(tensors["codes"]), max(REPACKED // max(int(settings["columns"]), 1) // ALIGNED, 1) * ALIGNED
+    parts = []
+    for start in range(0, rows, step):
+        part = some_rows(tensors, settings, slice(start, min(start + step, rows)))
+        assert part is not None  # rows of a grid stand for themselves
+        parts.append(_ready_rows(way, *part))
+    if len(parts) == 1:
+        return parts[0]
+    if way == "int4":  # scales are (groups, out, 2)
+        return [torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], dim=1)]
+    return [torch.cat(several) for several in zip(*parts)]
+
+
+def _ready_rows(way: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[Tensor]:
     bits, low = int(settings["bits"]), int(settings["low"])
-    codes = unpack_bits(tensors["codes"], bits, int(settings["columns"]))  # from 0
+    codes = unpack_bits(tensors["codes"].contiguous(), bits, int(settings["columns"]))  # from 0
     zero = _zero(tensors, settings) - low
     if way == "int4":
         return torch_int4.prepare(codes, tensors["scale"], zero, bits)
     if way == "int8":
         return torch_int8.prepare((codes - zero).to(torch.int8), tensors["scale"])
     middle = 1 << (bits - 1)
-    ready = [(codes.to(torch.int16) - middle).to(torch.int8), tensors["scale"].float().flatten()]
     offset = (zero - middle).flatten().to(torch.int32)
-    return [*ready, offset] if offset.count_nonzero() else ready
+    return [(codes.to(torch.int16) - middle).to(torch.int8), tensors["scale"].float().flatten(), offset]
 
 
 def _error(

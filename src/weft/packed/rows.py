@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from weft.packed.form import Packed, unpack
-from weft.packed.forms import NESTED, Activations, Affine, Minifloat, dynamic_map
+from weft.packed.forms import NESTED, Activations, Affine, Minifloat, dynamic_map, minifloat_levels
 
 Parts: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
 Rows: TypeAlias = slice | Tensor
@@ -64,10 +65,13 @@ def some_rows(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], rows: 
     return None
 
 
-def dequantize(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], rows: Rows | None = None) -> Tensor:
+def dequantize(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], rows: Rows | None = None, room: Tensor | None = None
+) -> Tensor:
     """The matrix of a packed weight's tensors, or some of its rows: (rows, in) float32.
 
-    The same bits as ``unpack(tensors, settings).dequantize()``; a compiled loop makes those of grids on a CPU.
+    The same bits as ``unpack(tensors, settings).dequantize()``; a compiled loop makes those of grids on a CPU. ``room``,
+    contiguous and of the result's shape, may become the result.
     """
     if rows is not None:
         part = some_rows(tensors, settings, rows)
@@ -75,25 +79,55 @@ def dequantize(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], rows:
             return dequantize(tensors, settings)[rows]
         tensors, settings = part
     form = settings["form"]
+    if "nested_scale" in tensors:  # the plain scales of all rows, where rows stand for themselves
+        part = some_rows(tensors, settings, slice(0, len(tensors["codes"])))
+        tensors, settings = part or (tensors, settings)
     if form == "activations":
-        return dequantize(*inside(tensors, settings))
+        return dequantize(*inside(tensors, settings), room=room)
     if form == "transposed":
         return dequantize(*inside(tensors, settings)).T.contiguous()
     if form == "low-rank":
         return dequantize(*inside(tensors, settings)) + tensors["left"].float() @ tensors["right"].float()
-    if form == "affine" and tensors["codes"].device.type == "cpu":
-        return _affine(tensors, settings)
+    if form in ("affine", "lookup", "minifloat") and tensors["codes"].device.type == "cpu":
+        made = (_affine if form == "affine" else _table)(tensors, settings, room)
+        if made is not None:
+            return made
     return unpack(tensors, settings).dequantize()
 
 
-def _affine(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+def _table(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], room: Tensor | None) -> Tensor | None:
+    """A grid of tiny floats or a table of levels, where a row divides into blocks."""
+    from weft.kernels.unpack import lookup
+
+    codes, scale, columns = tensors["codes"], tensors["scale"].float(), int(settings["columns"])
+    if settings["form"] == "minifloat":
+        table, size = minifloat_levels(str(settings["kind"])), int(settings["block"][1])
+        if "global_scale" in tensors:
+            scale = scale * tensors["global_scale"].float()
+        scale = scale.repeat_interleave(int(settings["block"][0]), 0)[: len(codes)]
+        bits = (len(table) - 1).bit_length()
+        codes = codes.view(torch.uint8) if bits == 8 else codes
+    else:
+        table, size = tensors["levels"][0].float(), int(settings["block_size"])
+        bits = max(1, (tensors["levels"].shape[1] - 1).bit_length())
+        if "table" in tensors or "nested_scale" in tensors or columns % size:
+            return None
+        scale = scale.view(len(codes), -1)
+        table = functional.pad(table, (0, (1 << bits) - len(table)))  # of damaged files, codes may be beyond the levels
+    made = torch.empty(len(codes), columns) if room is None else room
+    words, levels, s = (t.contiguous().numpy() for t in (codes, table, scale))
+    lookup(words, bits, levels, s, size, made.numpy())
+    return made
+
+
+def _affine(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], room: Tensor | None) -> Tensor:
     from weft.kernels.unpack import affine
 
     codes, scale, zero, low = tensors["codes"], tensors["scale"], tensors.get("zero"), int(settings["low"])
     if zero is None:
         zero = torch.zeros_like(scale)
     wide = zero.float() + low if zero.dtype == torch.uint8 else zero.float()
-    made = torch.empty(len(codes), int(settings["columns"]))
+    made = torch.empty(len(codes), int(settings["columns"])) if room is None else room
     words, s, z = (t.contiguous().numpy() for t in (codes, scale.float(), wide))
     affine(words, int(settings["bits"]), low, s, z, made.numpy())
     return made

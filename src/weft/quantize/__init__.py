@@ -8,17 +8,22 @@ memory, :func:`quantize_model` writes a quantised copy of one on disk, :func:`lo
 :func:`choose_bits` says which layer gets how many bits, :func:`compare_methods` which method to take.
 """
 
+from weft.quantize.adadim import AdaDim, adadim_codes, gptq_by_outputs
 from weft.quantize.allocate import Allocation, Frontier, allocate_bits, frontier
+from weft.quantize.awq import AWQ, awq_scales, weight_share
 from weft.quantize.choose import Chosen, choose_bits
+from weft.quantize.clip import output_clip
 from weft.quantize.compare import compare_methods
 from weft.quantize.curves import Curves
 from weft.quantize.evaluate import evaluate
 from weft.quantize.flexround import FlexRound, FlexRounding
 from weft.quantize.floating_point import FloatingPoint, float_codes, float_scales
+from weft.quantize.folding import Fold, find_folds
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.gradient_ptq import GradientPTQ, Rounding, importance
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.hqq import HQQ, hqq_codes
+from weft.quantize.jlcm import JLCM, jlcm_footprint
 from weft.quantize.load import load_quantized
 from weft.quantize.low_rank_patch import low_rank_patch
 from weft.quantize.measure_curves import error_curves
@@ -29,15 +34,25 @@ from weft.quantize.reconstruct import Reconstruction, reconstruct_block, reconst
 from weft.quantize.report import compare_reports, make_report, write_report
 from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_, quantize_model
+from weft.quantize.shiftadd import ShiftAdd, binary_coding, lookup_product, shiftadd_codes, shiftadd_sensitivity
 from weft.quantize.signround import SignRound, SignRounding
+from weft.quantize.smoothquant import SmoothQuant, smooth_scales
 from weft.quantize.soft import Descent, Soft, descend
+from weft.quantize.vptq import VPTQ, VectorQuantization, vptq_codes
+from weft.quantize.vq4dit import VQ4DiT
+from weft.quantize.w8a8 import W8A8
 from weft.quantize.zeroquant_fp import ZeroQuantFP, zeroquant_codes
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "HQQ",
+    "JLCM",
     "NUPES",
     "RTN",
+    "VPTQ",
+    "W8A8",
+    "AdaDim",
     "Allocation",
     "Chosen",
     "Codebook",
@@ -46,6 +61,7 @@ __all__ = [
     "FlexRound",
     "FlexRounding",
     "FloatingPoint",
+    "Fold",
     "Frontier",
     "GradientPTQ",
     "Grid",
@@ -53,11 +69,18 @@ __all__ = [
     "PowerQuant",
     "Reconstruction",
     "Rounding",
+    "ShiftAdd",
     "SignRound",
     "SignRounding",
+    "SmoothQuant",
     "Soft",
+    "VQ4DiT",
+    "VectorQuantization",
     "ZeroQuantFP",
+    "adadim_codes",
     "allocate_bits",
+    "awq_scales",
+    "binary_coding",
     "choose_bits",
     "codebook_codes",
     "compare_methods",
@@ -66,17 +89,22 @@ __all__ = [
     "error_curves",
     "evaluate",
     "fake_quantize",
+    "find_folds",
     "fit_grid",
     "float_codes",
     "float_scales",
     "frontier",
+    "gptq_by_outputs",
     "gptq_codes",
     "gptq_factor",
     "hqq_codes",
     "importance",
+    "jlcm_footprint",
     "load_quantized",
+    "lookup_product",
     "low_rank_patch",
     "make_report",
+    "output_clip",
     "power_codes",
     "power_exponent",
     "quantize",
@@ -85,6 +113,11 @@ __all__ = [
     "reconstruct_block",
     "reconstruct_layer",
     "round_to_nearest",
+    "shiftadd_codes",
+    "shiftadd_sensitivity",
+    "smooth_scales",
+    "vptq_codes",
+    "weight_share",
     "write_report",
     "zeroquant_codes",
 ]

@@ -14,7 +14,8 @@ of the clamp
     ∂L/∂δ₂ = − W / (S₂ s₃) ⊙ ∂L/∂Ŵ          ∂L/∂δ₁ = Σ (Ŵ − W / (S₂ s₃)) ∂L/∂Ŵ
 
 so that large weights move easily, over several steps of the grid, and a weight that is zero stays. With ``rank`` r > 0, S₂ is
-that of LRQ: δ₂ = L U + r₂ + c₂ with L (out, r) from zeros, U (r, in) drawn, and one number for each row and column.
+that of LRQ, where that saves numbers: δ₂ = L U + r₂ + c₂ with L (out, r) from zeros, U (r, in) drawn, and one number for
+each row and column.
 
 The loss is Σ ‖y − t‖² of the block's outputs (:mod:`weft.quantize.reconstruct`), the optimizer Adam with a cosine to zero.
 
@@ -83,7 +84,7 @@ class FlexRounding(Soft):
     Args:
         weight: (out, in).
         grid: bits, groups, kind.
-        rank: of the divisors' logarithms; 0 for full.
+        rank: of the divisors' logarithms; 0, or one that saves no numbers, for full.
         generator: of U, with a rank.
 
     Attributes:
@@ -116,7 +117,7 @@ class FlexRounding(Soft):
         self.scale_log = nn.Parameter(torch.zeros_like(self.scale))
         self.row_log = nn.Parameter(weight.new_zeros(out, 1, dtype=torch.float32))
         self.divisor_log: nn.Parameter | None = None
-        if not rank:
+        if not 0 < rank * (out + columns) < out * columns:
             self.divisor_log = nn.Parameter(torch.zeros_like(self.weight))
             return
         drawn = torch.empty(rank, columns)

@@ -37,12 +37,13 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from weft.calibrate import BlockTask, Change, Statistics
 from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
-from weft.packed import Affine
+from weft.packed import Affine, Packed
 from weft.quantize.grid import Grid, fit_grid, quantize
 from weft.quantize.rtn import RTN
 
@@ -91,7 +92,7 @@ class GPTQ(Grid, Change):
 
     def without_data(self) -> RTN:
         """Rounding to nearest on the same grid."""
-        return RTN(self.bits, self.group_size, self.kind, self.scale_dtype)
+        return RTN(self.bits, self.group_size, self.kind, self.scale_dtype, self.ranges)
 
     def scratch(self, rows: int, columns: int) -> float:
         """A factorisation in float64, then its result beside what every change takes."""
@@ -99,20 +100,9 @@ class GPTQ(Grid, Change):
 
     def change_block(self, task: BlockTask) -> None:
         """Layers with equal inputs share the factor; the report has each one's loss and notes."""
-        last: dict[str, Factor] = {}  # such layers follow one another
-        for name in task.layers:
-            with task.attempt(name):
-                change = task.instead(name, self)
-                if change is not self:
-                    task.put(name, change.fit(name, task.weight(name), task.statistics))
-                    continue
-                gram = task.statistics.gram(name)
-                leader = task.statistics.shared(name)[0]
-                if gram.dim() == 2 and leader not in last:
-                    last = {leader: gptq_factor(gram, self)}
-                rounded = gptq_codes(task.weight(name), last.get(leader, gram), self)
-                task.put(name, rounded.codes)
-                task.note(name, loss=float(rounded.loss), **({"notes": list(rounded.notes)} if rounded.notes else {}))
+        change_with_factors(
+            task, self, lambda gram: gptq_factor(gram, self), lambda name, weight, gram: gptq_codes(weight, gram, self)
+        )
 
 
 class Factor(NamedTuple):
@@ -124,12 +114,14 @@ class Factor(NamedTuple):
             type (at least float32); None where no input was ever seen.
         damping: λ, in the Gram matrix' units.
         notes: what had to be done beside, in sentences.
+        diagonal: (in,) float64, of H in that order, with λ.
     """
 
     order: Tensor
     upper: Tensor | None
     damping: float
     notes: tuple[str, ...]
+    diagonal: Tensor
 
 
 class Rounded(NamedTuple):
@@ -142,6 +134,20 @@ class Rounded(NamedTuple):
     """
 
     codes: Affine
+    loss: Tensor
+    notes: tuple[str, ...]
+
+
+class Compensated(NamedTuple):
+    """A layer after a compensated loop.
+
+    Attributes:
+        packed: the packed weight.
+        loss: ½ tr(Δ H Δᵀ) with the damped Gram matrix H, 0-d float64.
+        notes: what had to be done beside, in sentences.
+    """
+
+    packed: Packed
     loss: Tensor
     notes: tuple[str, ...]
 
@@ -163,6 +169,15 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
     >>> gptq_factor(torch.diag(torch.tensor([1.0, 4.0])), GPTQ(group_size=0, damping=0)).upper.tolist()
     [[0.5, 0.0], [0.0, 1.0]]
     """
+    return inverse_factor(gram, config.damping, lambda diagonal: _order(diagonal, config))
+
+
+def inverse_factor(gram: Tensor, damping: float, order_of: Callable[[Tensor], Tensor]) -> Factor:
+    """:func:`gptq_factor` for columns in any order, which is made of the Gram matrix' diagonal.
+
+    >>> inverse_factor(torch.diag(torch.tensor([1.0, 4.0])), 0.0, torch.argsort).order.tolist()
+    [0, 1]
+    """
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not gram.numel() or not gram.is_floating_point():
         raise RecipeError(f"GPTQ needs a Gram matrix (in, in) of numbers, got {list(gram.shape)} {gram.dtype}.")
     gram = gram.detach()
@@ -172,15 +187,12 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
             "GPTQ needs a Gram matrix Σ xᵀx: finite, symmetric, with no negative value on its diagonal and none larger than "
             "the diagonal allows. The data or the statistics are damaged; gather them again."
         )
-    size = config.group_size or len(gram)
-    if len(gram) % size:
-        raise RecipeError(
-            f"Rows of {len(gram)} inputs do not divide into groups of {size}; give another group_size, or 0 for rows."
-        )
-    order = _order(diagonal, size, config.order)
+    order = order_of(diagonal)
+    notes: tuple[str, ...]
     dead = diagonal == 0
     if dead.all():
-        return Factor(order, None, 0.0, ("no input was ever different from zero: rounded to nearest",))
+        notes = ("no input was ever different from zero: rounded to nearest",)
+        return Factor(order, None, 0.0, notes, torch.ones_like(diagonal))
     mean = float(diagonal[~dead].mean())
     turned = order.flip(0)  # a Cholesky factor with both axes flipped is one of the other kind
     h = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
@@ -188,8 +200,8 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
         rows = turned[start : start + _ROWS]
         h[start : start + _ROWS] = (gram[rows][:, turned].double() + gram[:, rows].T[:, turned].double()) / 2
     plain = torch.where(dead, mean, diagonal)[turned]
-    share = config.damping
-    notes: tuple[str, ...] = ()
+    share = damping
+    notes = ()
     while True:
         h.diagonal().copy_(plain + share * mean)
         lower, info = torch.linalg.cholesky_ex(h)
@@ -198,9 +210,9 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
             break
         # ends at 10 · in at the latest: no eigenvalue is below minus the trace
         share = max(10 * share, 1e-8)
-        notes = (f"not positive definite: damping {share:g} instead of {config.damping:g}",)
+        notes = (f"not positive definite: damping {share:g} instead of {damping:g}",)
     del h
-    return Factor(order, _inverse(lower, gram.dtype).flip(0, 1), share * mean, notes)
+    return Factor(order, _inverse(lower, gram.dtype).flip(0, 1), share * mean, notes, (plain + share * mean).flip(0))
 
 
 def _is_gram(gram: Tensor, diagonal: Tensor) -> bool:
@@ -231,7 +243,12 @@ def _inverse(lower: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None) -> Rounded:
+def gptq_codes(
+    weight: Tensor,
+    gram: Tensor | Factor,
+    config: GPTQ | None = None,
+    fitted: tuple[Tensor, Tensor] | None = None,
+) -> Rounded:
     """Weights on a grid, with errors made up for by later columns.
 
     Args:
@@ -239,6 +256,7 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
         gram: (in, in), Σ xᵀx of the layer's inputs, or its :func:`gptq_factor`. For a convolution with groups
             (groups, in, in), one matrix for each run of out / groups rows.
         config: bits, groups, order; the defaults if None.
+        fitted: scales and zero points, two of (out, groups), for static groups; those that hold all weights if None.
 
     Returns:
         Codes, the loss and notes.
@@ -257,9 +275,12 @@ def gptq_codes(weight: Tensor, gram: Tensor | Factor, config: GPTQ | None = None
     if isinstance(gram, Tensor) and gram.dim() == 3:
         if not len(gram) or weight.dim() != 2 or len(weight) % len(gram):
             raise RecipeError(f"{list(weight.shape)} has no rows for each of {len(gram)} Gram matrices.")
-        return _joined([gptq_codes(w, g, config) for w, g in zip(weight.chunk(len(gram)), gram)], config)
+        grids = [None] * len(gram) if fitted is None else list(zip(*(v.chunk(len(gram)) for v in fitted)))
+        parts = zip(weight.chunk(len(gram)), gram, grids)
+        return _joined([gptq_codes(w, g, config, f) for w, g, f in parts], config)
     weight = weight.detach()
     scale, zero = fit_grid(weight, config)  # which checks the weight
+    scale, zero = fitted or (scale, zero)
     held = gptq_factor(gram, config) if isinstance(gram, Tensor) else gram
     if len(held.order) != weight.shape[1]:
         raise RecipeError(
@@ -326,11 +347,71 @@ def round_columns(
     return loss
 
 
-def _order(diagonal: Tensor, size: int, kind: str) -> Tensor:
+def column_factor(gram: Tensor, damping: float, columns: int = 1) -> Factor:
+    """The factor of a Gram matrix with columns in falling order of its diagonal.
+
+    Args:
+        gram: (in, in), or (groups, in, in), of which the sum is taken.
+        damping: λ as a share of the mean of the diagonal.
+        columns: neighbours that stay together; sets are ordered by the sums of their diagonals.
+
+    Raises:
+        RecipeError: it is no Gram matrix.
+
+    >>> column_factor(torch.diag(torch.tensor([1.0, 4.0, 2.0])), 0.0).order.tolist()
+    [1, 2, 0]
+    """
+
+    def order(diagonal: Tensor) -> Tensor:
+        sets = functional.pad(diagonal, (0, -len(diagonal) % columns)).unflatten(0, (-1, columns))
+        first = sets.sum(1).argsort(descending=True, stable=True) * columns
+        every = (first[:, None] + torch.arange(columns, device=first.device)).flatten()
+        return every[every < len(diagonal)]
+
+    return inverse_factor(gram.sum(0) if gram.dim() == 3 else gram, damping, order)
+
+
+def change_with_factors(
+    task: BlockTask,
+    change: Change,
+    factor_of: Callable[[Tensor], Factor],
+    rounded_of: Callable[[str, Tensor, Tensor | Factor], Compensated | Rounded],
+) -> None:
+    """Change a block's layers one by one where those with equal inputs share the factor of their Gram matrix.
+
+    Args:
+        task: the block.
+        change: what is done, for its :meth:`~weft.calibrate.Change.without_data`.
+        factor_of: the factor of a Gram matrix (in, in).
+        rounded_of: a layer's packed weight, loss and notes, of its name, its matrix and the factor, or the Gram matrices
+            (groups, in, in) of a convolution with groups.
+    """
+    last: dict[str, Factor] = {}  # such layers follow one another
+    for name in task.layers:
+        with task.attempt(name):
+            instead = task.instead(name, change)
+            if instead is not change:
+                task.put(name, instead.fit(name, task.weight(name), task.statistics))
+                continue
+            gram = task.statistics.gram(name)
+            leader = task.statistics.shared(name)[0]
+            if gram.dim() == 2 and leader not in last:
+                last = {leader: factor_of(gram)}
+            packed, loss, notes = rounded_of(name, task.weight(name), last.get(leader, gram))
+            task.put(name, packed)
+            task.note(name, loss=float(loss), **({"notes": list(notes)} if notes else {}))
+
+
+def _order(diagonal: Tensor, config: GPTQ) -> Tensor:
     """(in,) -> (in,) indices of columns."""
-    if kind == "none":
+    size = config.group_size or len(diagonal)
+    if len(diagonal) % size:
+        raise RecipeError(
+            f"Rows of {len(diagonal)} inputs do not divide into groups of {size}; give another group_size, or 0 for rows."
+        )
+    if config.order == "none":
         return torch.arange(len(diagonal), device=diagonal.device)
-    if kind == "static":
+    if config.order == "static":
         return diagonal.argsort(descending=True, stable=True)
     groups = diagonal.unflatten(0, (-1, size))  # (groups, size)
     within = groups.argsort(dim=1, descending=True, stable=True)

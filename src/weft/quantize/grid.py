@@ -15,6 +15,9 @@ symmetric, narrow  −2ᵇ⁻¹ + 1 … 2ᵇ⁻¹ − 1   max|W| / (2ᵇ⁻¹ �
 
 Zero is on every grid. The second is that of compressed-tensors, the third that of AutoAWQ and SmoothQuant. A group of
 zeros has the smallest scale there is.
+
+With ``ranges="mse"`` the range is not that of W but the share 1 − i/100 of it, i = 0 … 79, at which Σ |Ŵ − W|^2.4 of the
+group is smallest (the search in GPTQ's code): large weights are clipped where that helps the many small ones.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ from weft.method import parameter
 from weft.packed import Affine
 
 KINDS = ("asymmetric", "symmetric", "narrow")
+RANGES = ("full", "mse")
+SHARES = [1 - i / 100 for i in range(80)]  # of the full range, that are tried
+POWER = 2.4  # of errors: between squares and the largest
+_ROWS = 512  # of a matrix, whose ranges are sought at a time
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,10 +54,13 @@ class Grid:
         "asymmetric", "asymmetric, symmetric, or narrow: symmetric without the lowest code", choices=KINDS
     )
     scale_dtype: str = parameter("float32", "what scales are stored in", choices=tuple(_DTYPES))
+    ranges: str = parameter("full", "of groups: full, or mse: shrunk to the smallest error", choices=RANGES)
 
     file_format: ClassVar[str] = "pack-quantized"
 
     def __post_init__(self) -> None:
+        if self.ranges not in RANGES:
+            raise RecipeError(f"Ranges of groups are {' or '.join(RANGES)}, got {self.ranges!r}.")
         if self.kind not in KINDS or self.scale_dtype not in _DTYPES:
             raise RecipeError(
                 f"A grid is {', '.join(KINDS)} with scales in {', '.join(_DTYPES)}, got {self.kind!r}, {self.scale_dtype!r}."
@@ -76,7 +86,7 @@ class Grid:
 
 
 def fit_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales and zero points that hold all weights of each group.
+    """Scales and zero points that hold all weights of each group, or, with ``ranges="mse"``, most of them.
 
     Args:
         weight: (out, in).
@@ -93,20 +103,43 @@ def fit_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     ([[0.5]], [[3.0]])
     """
     groups = _groups(weight, grid)
+    if grid.ranges == "full":
+        return _spanned(groups, grid, 1.0)
+    parts = [_spanned(rows, grid, _shares(rows, grid)) for rows in groups.split(_ROWS)]
+    return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+
+
+def _spanned(groups: Tensor, grid: Grid, share: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The grid over a share (out, groups) of each group's range."""
     dtype = _DTYPES[grid.scale_dtype]
     low, high = grid.codes
     if grid.kind == "asymmetric":
-        smallest = groups.amin(-1).clamp(max=0)
-        span = groups.amax(-1).clamp(min=0) - smallest
+        smallest = groups.amin(-1).clamp(max=0) * share
+        span = groups.amax(-1).clamp(min=0) * share - smallest
         scale = span / high
     else:
         smallest = torch.zeros_like(groups[..., 0])
-        scale = groups.abs().amax(-1) / (high if grid.kind == "narrow" else (high - low) / 2)
+        scale = groups.abs().amax(-1) * share / (high if grid.kind == "narrow" else (high - low) / 2)
     scale = scale.to(dtype).clamp(min=torch.finfo(dtype).tiny)
     if not scale.isfinite().all():
         raise RecipeError(f"The weights are too large for scales in {grid.scale_dtype}; store them in another type.")
     zero = (-smallest / scale.float()).round().clamp(low, high) if grid.kind == "asymmetric" else smallest
     return scale, zero.to(dtype)
+
+
+def _shares(groups: Tensor, grid: Grid) -> Tensor:
+    """The share of each group's range at which its error is smallest: (out, groups)."""
+    unit = groups.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    low, high = grid.codes
+    best = torch.full_like(groups[..., 0], torch.inf)
+    found = torch.ones_like(best)
+    for share in SHARES:
+        scale, zero = (v.float().unsqueeze(-1) for v in _spanned(groups, grid, share))
+        codes = ((groups / scale).round() + zero).clamp(low, high)
+        error = (((codes - zero) * scale - groups) / unit).abs().pow(POWER).sum(-1)
+        better = error < best
+        best, found = torch.where(better, error, best), torch.where(better, share, found)
+    return found
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Affine:
@@ -146,18 +179,32 @@ def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Te
     return quantize(weight, scale, zero, grid).dequantize()
 
 
-def _groups(weight: Tensor, grid: Grid) -> Tensor:
-    """(out, in) -> (out, groups, group_size), float32."""
+def checked(weight: Tensor) -> Tensor:
+    """A matrix (out, in) of finite numbers: float64 as it is, others as float32.
+
+    Raises:
+        RecipeError: it is something else.
+
+    >>> checked(torch.ones(1, 2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
     if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
         raise RecipeError(
-            f"A grid is fitted to a matrix (out, in) of numbers, got {list(weight.shape)} {weight.dtype}."
+            f"What is quantised is a matrix (out, in) of numbers, got {list(weight.shape)} {weight.dtype}."
         )
+    weight = weight.detach()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    if not weight.isfinite().all():
+        raise RecipeError("The weights hold NaN or infinite values, which cannot be quantised.")
+    return weight
+
+
+def _groups(weight: Tensor, grid: Grid) -> Tensor:
+    """(out, in) -> (out, groups, group_size), float32."""
+    weight = checked(weight).float()
     size = grid.group_size or weight.shape[1]
     if weight.shape[1] % size:
         raise RecipeError(
             f"Rows of {weight.shape[1]} inputs do not divide into groups of {size}; give another group_size, or 0 for rows."
         )
-    groups = weight.float().unflatten(1, (-1, size))
-    if not groups.isfinite().all():
-        raise RecipeError("The weights hold NaN or infinite values, which no grid has.")
-    return groups
+    return weight.unflatten(1, (-1, size))

@@ -30,7 +30,7 @@ def low_rank_patch(lost: Tensor, rank: int, gram: Tensor | None = None) -> tuple
         (out, r) and (r, in), float32, of equal norm in each pair; zero rows of E are exactly zero in the first.
 
     Raises:
-        RecipeError: shapes do not fit.
+        RecipeError: shapes do not fit, or values are not finite.
 
     Source: arXiv:2303.08302, section 5 (plain); Eckart and Young for E G^½ (weighted).
 
@@ -42,6 +42,10 @@ def low_rank_patch(lost: Tensor, rank: int, gram: Tensor | None = None) -> tuple
         raise RecipeError(
             f"A patch of {list(lost.shape)} has a rank from 1 to the smaller side and a Gram matrix of its inputs, got "
             f"{rank} and {None if gram is None else list(gram.shape)}."
+        )
+    if not lost.isfinite().all() or (gram is not None and not gram.isfinite().all()):
+        raise RecipeError(
+            "What was lost, or the Gram matrix of the inputs, holds NaN or infinite values; gather it again."
         )
     e = lost.detach().double()
     largest = e.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)

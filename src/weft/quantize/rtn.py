@@ -27,7 +27,7 @@ class RTN(Grid, Change):
     """A grid, to which weights are rounded.
 
     >>> RTN(bits=8, group_size=0, kind="symmetric")
-    RTN(bits=8, group_size=0, kind='symmetric', scale_dtype='float32')
+    RTN(bits=8, group_size=0, kind='symmetric', scale_dtype='float32', ranges='full')
     """
 
     def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Affine:

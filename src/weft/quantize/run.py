@@ -107,6 +107,7 @@ def quantize_model(
     force: bool = False,
     check: bool = True,
     progress: Progress | None = None,
+    timings: dict[str, float] | None = None,
 ) -> Path:
     """Write a quantised copy of a transformers model; one block is in memory at a time.
 
@@ -122,6 +123,7 @@ def quantize_model(
         format: of the files (:data:`weft.packed.formats.FORMATS`); ``auto``: the one that most programs load and that says
             what the configuration makes; ``dense``: the model's own type, with weights that are the quantised values.
         recipe, shard_bytes, force, check, progress: see :func:`weft.calibrate.rewrite`.
+        timings: receives the seconds of each layer.
 
     Returns:
         The folder. ``weft.open`` reads every format; transformers and vLLM load those that are theirs.
@@ -148,7 +150,7 @@ def quantize_model(
         return write_blocks(
             checkpoint, batches, config, output, files, what=(), where=where, statistics=statistics, recipe=recipe,
             seed=seed, skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check,
-            progress=progress,
+            progress=progress, timings=timings,
         )  # fmt: skip
     finally:
         if checkpoint is not model:

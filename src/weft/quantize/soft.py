@@ -27,7 +27,13 @@ Weights = dict[str, Tensor]
 
 
 class Soft(nn.Module):
-    """A matrix that is trained on the way to a packed weight. Subclasses give :meth:`forward` and :meth:`packed`."""
+    """A matrix that is trained on the way to a packed weight. Subclasses give :meth:`forward` and :meth:`packed`.
+
+    >>> from weft.quantize import Grid, SignRounding
+    >>> soft = SignRounding(torch.tensor([[0.0, 0.9, 2.1, 3.0]]), Grid(bits=2, group_size=0))
+    >>> [name for name, _ in soft.named_parameters()], soft.packed().codes.tolist()
+    (['offset', 'lower', 'upper'], [[0, 1, 2, 3]])
+    """
 
     def forward(self) -> Tensor:
         """The matrix (out, in), float32, with gradients to the parameters."""
@@ -109,6 +115,9 @@ class Descent:
         decay: of the learning rate to zero over the steps: none, linear or cosine.
         samples: sequences of a mini-batch.
         loss: of outputs and targets, see :func:`squares`.
+
+    >>> Descent(steps=500, optimizer="adamax", loss=angles).decay
+    'cosine'
     """
 
     steps: int = 200

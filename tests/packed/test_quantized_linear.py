@@ -222,6 +222,20 @@ def test_large_matrices_are_multiplied_in_blocks(monkeypatch: pytest.MonkeyPatch
         assert relative(x.grad, torch.ones(4, 33).double() @ packed.dequantize().double()) < FLOAT32, name
 
 
+def test_the_copy_of_the_codes_is_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = {
+        "int4": affine(600, 96, 3, kind="real"), "int8": affine(600, 33, bits=8, kind="symmetric"),
+        "integer": Activations(affine(600, 33, bits=8), "int8"),
+    }  # fmt: skip
+    for way, packed in several.items():
+        tensors, settings = packed.tensors(), packed.settings()
+        monkeypatch.setattr(products, "REPACKED", 1 << 24)
+        whole = products.prepare(way, tensors, settings, packed.shape)
+        monkeypatch.setattr(products, "REPACKED", 1)
+        for one, other in zip(whole, products.prepare(way, tensors, settings, packed.shape), strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_some_rows_are_those_of_the_matrix(form: str) -> None:
     packed = forms(33, 48)[form]
@@ -315,6 +329,8 @@ def test_special_inputs() -> None:
             assert layer(torch.randn(64, 3).T).shape == (3, 32)
             with pytest.raises(RecipeError, match="64 columns"):
                 layer(torch.randn(2, 63))
+            with pytest.raises(RecipeError, match="floating-point type"):
+                layer(torch.ones(2, 64, dtype=torch.int32))
     empty = torch.zeros(0, 64, requires_grad=True)
     QuantizedLinear.from_packed(affine(32, 64))(empty).sum().backward()
     assert empty.grad is not None
@@ -373,6 +389,8 @@ def test_layers_compile_whole() -> None:
         assert torch.equal(compiled(tokens), net(tokens))
     assert compiled._orig_mod.first._ready
     assert compiled._orig_mod.second._ready
+    exported = torch.export.export(copy.deepcopy(net), (torch.arange(3),)).module()  # which unpacks: it sees no values
+    assert relative(exported(torch.arange(3)), net(torch.arange(3)).double()) < 4 * BFLOAT16  # two layers, two ways
     x = torch.randn(3, 64, requires_grad=True)
     layer: Any = torch.compile(net.first, fullgraph=True, backend="aot_eager")
     layer(x).sum().backward()
@@ -384,9 +402,9 @@ def test_operators_are_well_formed() -> None:
     layer = QuantizedLinear.from_packed(affine(32, 64), backend="int4")
     layer(torch.randn(2, 64))
     x = torch.randn(2, 64, requires_grad=True)
-    arguments = (x, list(layer.tensors().values()), layer._ready, layer._facts)
+    arguments = (x, list(layer.tensors().values()), layer._ready, layer._chosen()[1])
     torch.library.opcheck(products.packed_linear, arguments)
-    rows = (torch.tensor([1, 2]), list(layer.tensors().values()), torch.float32, layer._facts)
+    rows = (torch.tensor([1, 2]), list(layer.tensors().values()), torch.float32, layer._chosen()[1])
     torch.library.opcheck(products.packed_rows, rows)
 
 
