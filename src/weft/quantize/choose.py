@@ -27,14 +27,14 @@ class Chosen(NamedTuple):
     """What :func:`choose_bits` found.
 
     Attributes:
-        config: for each layer its configuration: what :func:`weft.quantize.quantize_model` takes. Layers that stay as they
-            are, are not in it.
+        config: configurations by the names of the layers that have them: what :func:`weft.quantize.quantize_model` takes. A
+            method that looks at a whole block sees all its layers there. Those that stay as they are, are not in it.
         allocation: labels by layer, bytes, error.
-        curves: what it was found from; for another budget, take ``curves.frontier``.
+        curves: what it was found from; for another budget, give them to :func:`choose_bits`.
         frontier: the best for every budget.
     """
 
-    config: dict[str, Change]
+    config: dict[tuple[str, ...], Change]
     allocation: Allocation
     curves: Curves
     frontier: Frontier
@@ -73,7 +73,7 @@ def choose_bits(
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
     >>> candidates = {str(bits): RTN(bits=bits, group_size=0) for bits in (2, 4, 8)}
     >>> found = choose_bits(model, candidates, [torch.randn(16, 64)], target_bits=6, blocks="1")
-    >>> sorted(found.config), found.allocation.bits_per_weight <= 6
+    >>> sorted(sum(found.config, ())), found.allocation.bits_per_weight <= 6
     (['1.0', '1.1'], True)
     """
     if (target_bits is None) == (target_bytes is None):
@@ -88,5 +88,10 @@ def choose_bits(
     unknown = set(found.choices.values()) - set(candidates)
     if unknown:
         raise RecipeError(f"The curves are of other candidates: {', '.join(sorted(unknown))} is not among those given.")
-    picked = {name: candidates[label] for name, label in found.choices.items()}
-    return Chosen({n: c for n, c in picked.items() if c is not None}, found, curves, front)
+    names: dict[str, list[str]] = {}
+    for name, label in found.choices.items():
+        names.setdefault(label, []).append(name)
+    made = {
+        tuple(names[label]): change for label, change in candidates.items() if label in names and change is not None
+    }
+    return Chosen(made, found, curves, front)

@@ -194,7 +194,7 @@ class _Mixed:
         self.arguments = {"target_bits": bits, "measure": measure, "together": together, "curves": curves}
         self.candidates = candidates
 
-    def choose(self, model: Checkpoint) -> dict[str, Change]:
+    def choose(self, model: Checkpoint) -> dict[tuple[str, ...], Change]:
         return choose_bits(model, self.candidates, **self.arguments).config
 
 

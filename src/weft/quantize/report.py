@@ -117,7 +117,7 @@ def make_report(
             "failed": [{"layer": r["layer"], "reason": layers[r["layer"]]["failed"]} for r in rows if "failed" in layers[r["layer"]]],
             "dense": [r["layer"] for r in rows if "dense" in layers[r["layer"]]],
         },
-        "blocks": _blocks(list(layers), rows, measure),
+        "blocks": _blocks(list(layers), rows, measure, known.get("blocks")),
         "layers": rows,
     }  # fmt: skip
 
@@ -192,14 +192,20 @@ def _block_of(name: str) -> str:
     return (found[1] or found[2]) if found else ""
 
 
-def _blocks(order: list[str], rows: list[dict[str, Any]], measure: str) -> list[dict[str, Any]]:
-    """Mean and largest error of each block, in the order of the model."""
+def _blocks(order: list[str], rows: list[dict[str, Any]], measure: str, facts: Any) -> list[dict[str, Any]]:
+    """Mean and largest error of each block, in the order of the model, and what its change noted."""
+    known = facts if isinstance(facts, Mapping) else {}
     values: dict[str, list[float]] = {_block_of(name): [] for name in order}
     for row in rows:
         if row[measure] is not None:
             values[row["block"]].append(row[measure])
     return [
-        {"block": block, "mean": math.fsum(v) / len(v) if v else None, "largest": max(v, default=None)}
+        {
+            "block": block,
+            "mean": math.fsum(v) / len(v) if v else None,
+            "largest": max(v, default=None),
+            "facts": known.get(block),
+        }
         for block, v in values.items()
     ]
 
