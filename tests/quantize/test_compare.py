@@ -203,6 +203,7 @@ def test_an_encoder_by_its_embeddings(tmp_path: Path) -> None:
     )
     assert found["score"] == "cosine_distance"
     assert found["rows"][0]["loss"] < found["rows"][1]["loss"]
+    assert found["tolerance"] == 0.02
 
 
 def test_what_cannot_be(llama: tuple[Path, list[Any], list[Any]], tmp_path: Path) -> None:

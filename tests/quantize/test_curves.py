@@ -90,6 +90,19 @@ def test_measures_are_what_they_say(llama: tuple[nn.Module, list[Any], Path]) ->
     hook.remove()
 
 
+def test_bytes_of_candidates_of_several_formats(tmp_path: Path) -> None:
+    """Where the chosen ones are fewer, files are still those that were counted."""
+    model, batches = build("llama", torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    candidates = {"nf4": Codebook(block_size=8), "rtn": RTN(3, 16), "8": RTN(8, 16)}
+    found = choose_bits(tmp_path / "model", candidates, batches, target_bits=12, together=())
+    assert found.format == "weft"
+    assert "nf4" not in found.allocation.choices.values()
+    quantize_model(tmp_path / "model", tmp_path / "out", found.config, format=found.format)
+    size = file_bytes(tmp_path / "out") - file_bytes(tmp_path / "model")
+    assert size == found.allocation.nbytes - 2 * sum(found.curves.sizes.values())
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "bert"])
 def test_bytes_are_those_of_the_files(architecture: str, tmp_path: Path) -> None:
     model, batches = build(architecture, torch.bfloat16)
@@ -98,7 +111,7 @@ def test_bytes_are_those_of_the_files(architecture: str, tmp_path: Path) -> None
     found = choose_bits(tmp_path / "model", candidates, batches, target_bits=5, together=())
     assert set(found.allocation.choices.values()) >= {"2", "4"}
     config = [name for names in found.config for name in names]
-    quantize_model(tmp_path / "model", tmp_path / "out", found.config)
+    quantize_model(tmp_path / "model", tmp_path / "out", found.config, format=found.format)
     report = json.loads((tmp_path / "out" / "weft.json").read_text())
     assert set(report["layers"]) == set(config)
     size = file_bytes(tmp_path / "out") - file_bytes(tmp_path / "model")

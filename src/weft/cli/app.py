@@ -497,8 +497,9 @@ def compare(
     ] = "",
     share: Annotated[float, typer.Option("--held-out-share", min=0, max=1, help="Of the data, for scores.")] = 0.25,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, help="Loss (KL, or 1 − cos of embeddings) that is small enough.")
-    ] = 0.05,
+        float | None,
+        typer.Option("--tolerance", min=0, help="Loss that is small enough (default: KL 0.05, 1 − cos 0.02)."),
+    ] = None,
     budget: Annotated[str, typer.Option("--budget", help="Largest size, such as 4GB; then the best that fits.")] = "",
     sequential: Annotated[
         bool,

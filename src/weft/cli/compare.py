@@ -35,7 +35,7 @@ def compare_command(
     held_out: str,
     share: float,
     mixed: str,
-    tolerance: float,
+    tolerance: float | None,
     budget: int | None,
     sequential: bool,
     keep: bool,

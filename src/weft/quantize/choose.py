@@ -1,7 +1,7 @@
 """A configuration for every layer of a model, so that the error is least for a size.
 
     chosen = choose_bits("model/", {"3": GPTQ(bits=3), "4": GPTQ(bits=4)}, batches, target_bits=3.5)
-    quantize_model("model/", "out/", chosen.config, batches)
+    quantize_model("model/", "out/", chosen.config, batches, format=chosen.format)
 
 Every candidate is measured in every layer (:func:`weft.quantize.error_curves`), and of all assignments that fit the one with the
 least sum of errors is taken (:func:`weft.quantize.frontier`).
@@ -32,12 +32,15 @@ class Chosen(NamedTuple):
         allocation: labels by layer, bytes, error.
         curves: what it was found from; for another budget, give them to :func:`choose_bits`.
         frontier: the best for every budget.
+        format: of the files whose bytes were counted; give it to :func:`weft.quantize.quantize_model`, which may else take
+            another one where the chosen configurations are fewer than the candidates.
     """
 
     config: dict[tuple[str, ...], Change]
     allocation: Allocation
     curves: Curves
     frontier: Frontier
+    format: str
 
 
 def choose_bits(
@@ -94,4 +97,4 @@ def choose_bits(
     made = {
         tuple(names[label]): change for label, change in candidates.items() if label in names and change is not None
     }
-    return Chosen(made, found, curves, front)
+    return Chosen(made, found, curves, front, curves.format)

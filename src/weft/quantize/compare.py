@@ -37,16 +37,19 @@ from weft.checkpoint.open import open_checkpoint
 from weft.engine.journal import WorkFolder
 from weft.engine.progress import Progress
 from weft.errors import CheckpointError, MissingDependencyError, OutputError, RecipeError, WeftError
-from weft.quantize.choose import choose_bits
+from weft.quantize.choose import Chosen, choose_bits
 from weft.quantize.curves import INPUTS, Curves
 from weft.quantize.evaluate import evaluate
 from weft.quantize.measure_curves import FAILURES, error_curves
 from weft.quantize.report import sizes_of
-from weft.quantize.run import describe, quantize_model
+from weft.quantize.run import AUTO, describe, quantize_model
 
-LOSSES = ("kl", "cosine_distance", "output_error")  # the first that a model has
+LOSSES = {
+    "kl": 0.05,
+    "cosine_distance": 0.02,
+    "output_error": 0.1,
+}  # the first that a model has counts; what is small enough
 JSON_FILE, PAGE_FILE, CURVES_FILE = "comparison.json", "comparison.html", "curves.json"
-TOLERANCE = 0.05
 
 
 def compare_methods(
@@ -59,7 +62,7 @@ def compare_methods(
     mixed: Sequence[float] = (),
     measure: str = "",
     together: str | Iterable[Sequence[str]] = INPUTS,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     budget: int | None = None,
     sequential: bool = False,
     keep: bool = False,
@@ -81,7 +84,7 @@ def compare_methods(
         output: a folder: ``comparison.json``, ``comparison.html``, ``curves.json``, with ``keep`` also ``models/``.
         mixed: further candidates: bits per weight of models whose layers each have one of the ``candidates``.
         measure, together: how these are chosen; see :func:`weft.quantize.choose_bits`.
-        tolerance: the loss that is small enough.
+        tolerance: the loss that is small enough; None: what ``LOSSES`` says of the kind.
         budget: bytes of the model's tensors; then the best candidate is the one with the least loss among those that fit,
             instead of the smallest one within the tolerance.
         sequential: a calibration for each candidate; see the module.
@@ -194,8 +197,8 @@ class _Mixed:
         self.arguments = {"target_bits": bits, "measure": measure, "together": together, "curves": curves}
         self.candidates = candidates
 
-    def choose(self, model: Checkpoint) -> dict[tuple[str, ...], Change]:
-        return choose_bits(model, self.candidates, **self.arguments).config
+    def choose(self, model: Checkpoint) -> Chosen:
+        return choose_bits(model, self.candidates, **self.arguments)
 
 
 class _Run:
@@ -264,13 +267,15 @@ class _Run:
         folder = self.root / "models" / _file_name(label)
         folder.parent.mkdir(exist_ok=True)
         try:
-            config = way.choose(self.checkpoint) if isinstance(way, _Mixed) else way
+            chosen = way.choose(self.checkpoint) if isinstance(way, _Mixed) else None
+            config, form = (way, AUTO) if chosen is None else (chosen.config, chosen.format)
             began = time.perf_counter()
             if not folder.exists():
                 changes = list(config.values()) if isinstance(config, Mapping) else [config]
                 walks = self.sequential or any(c.targets for c in changes)
                 quantize_model(
                     self.checkpoint, folder, config, self.data if walks else None,
+                    format=form,
                     statistics=None if self.sequential else self.statistics, memory=self.memory, check=False,
                     progress=self.progress,
                 )  # fmt: skip
@@ -294,13 +299,14 @@ class _Run:
         return row
 
 
-def _verdict(found: dict[str, Any], tolerance: float, budget: int | None) -> dict[str, Any]:
+def _verdict(found: dict[str, Any], tolerance: float | None, budget: int | None) -> dict[str, Any]:
     """Mark the rows that nothing beats, and name the best."""
     good = [row for row in found["rows"] if not row["failed"]]
     for row in good:
         row["pareto"] = not any(_beats(other, row) for other in good)
     kinds = [k for k in LOSSES if any(k in row["scores"] for row in good)]
-    found["score"] = kinds[0] if kinds else LOSSES[-1]
+    found["score"] = kinds[0] if kinds else next(iter(LOSSES))
+    tolerance = LOSSES[found["score"]] if tolerance is None else tolerance
     found |= {"tolerance": tolerance, "budget": budget, "best": None}
     if not good:
         first = found["rows"][0]

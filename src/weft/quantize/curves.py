@@ -87,6 +87,11 @@ class Curves:
         return [names for names in groups.values() if len(names) > 1]
 
     @property
+    def format(self) -> str:
+        """Of the files whose bytes were counted; ``auto`` for a module in memory."""
+        return str(self.facts.get("format", "auto"))
+
+    @property
     def measure(self) -> str:
         """What choices are made by where nothing is said: ``block`` if it was measured, else ``relative``."""
         measured = {m for layer in self.layers.values() for one in layer.candidates.values() for m in one.errors}

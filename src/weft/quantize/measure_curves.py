@@ -1,8 +1,7 @@
 """What each candidate configuration costs in each layer, from one pass over calibration data.
 
     curves = error_curves("model/", {"2": GPTQ(bits=2), "4": GPTQ(bits=4)}, batches, output="curves.json")
-    chosen = choose_bits("model/", candidates, batches, target_bits=3)      # a configuration for every layer
-    quantize_model("model/", "out/", chosen.config, batches)
+    chosen = choose_bits("model/", candidates, curves=curves, target_bits=3)      # a configuration for every layer
 
 A block is loaded, its statistics are gathered once, each candidate's ``fit`` runs on each of its layers, and the walk goes
 on with the original weights. With Δ = Ŵ − W (out, in), G = Σ xᵀx over T inputs, h (T, width) what the block returns:
@@ -170,7 +169,7 @@ class _Run:
         settings = {label: describe(c) if c is not None else None for label, c in self.candidates.items()}
         self.facts: dict[str, Any] = {
             "model": model.name if isinstance(model, Checkpoint) else type(model).__name__,
-            "format": self.files.form.name if self.files else "in memory",
+            "format": self.files.form.name if self.files else AUTO,
             "candidates": settings,
             "data": None if data is None else digest_of(data),
             "batches": None if data is None else len(data),
