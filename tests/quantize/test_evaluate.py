@@ -88,3 +88,13 @@ def test_plain_modules_and_what_is_refused() -> None:
         evaluate(nn.Linear(4, 2), [x], model)
     with pytest.raises(RecipeError, match="nothing to evaluate"):
         evaluate(model, [])
+
+
+def test_a_model_that_gives_nan_is_not_perfect() -> None:
+    model, batches = build("llama", torch.float32)
+    other, _ = build("llama", torch.float32)
+    with torch.no_grad():
+        other.get_submodule("model.layers.0.mlp.up_proj").weight.fill_(math.nan)
+    found = evaluate(other, batches, model)
+    assert math.isnan(found["kl"])
+    assert math.isnan(found["nll"])

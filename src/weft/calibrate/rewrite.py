@@ -199,7 +199,9 @@ def write_blocks(
                 if timings is not None:
                     timings.update({n: notes["seconds"] for n, notes in report.items() if "seconds" in notes})
                 writer.publish({"weft": weft.__version__, **said}, texts)
-            whole.close()
+            own = {id(t.source) for t in checkpoint.tensors.values()}  # which the caller may go on with
+            for source in {id(t.source): t.source for t in whole.tensors.values() if id(t.source) not in own}.values():
+                source.close()
             return target
         except Exception as error:
             # a second try would fail as this did; with skip_errors it would not, where a result is not finite

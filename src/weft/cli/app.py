@@ -475,6 +475,70 @@ def adapt(
     print(json.dumps(facts, indent=1) if as_json else adapt_text(facts))
 
 
+@app.command(
+    epilog="Example: weft compare model/ --methods rtn,gptq --bits 4,3 --data texts.jsonl -o compare/",
+)
+def compare(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a transformers model.")],
+    data: Annotated[str, typer.Option("--data", help="Samples: a .jsonl or .txt file, or self.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to make.")],
+    names: Annotated[
+        str, typer.Option("--methods", "-m", help="Quantisers' ids with commas; `weft methods shrink` lists them.")
+    ] = "rtn,gptq",
+    bits: Annotated[str, typer.Option("--bits", help="Widths to try with each method that has one.")] = "4,3",
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", min=0, help="Inputs that share a scale (default: the method's).")
+    ] = None,
+    mixed: Annotated[
+        str, typer.Option("--mixed", help="Bits per weight of models with bits chosen layer by layer: 3.5,3.")
+    ] = "",
+    held_out: Annotated[
+        str, typer.Option("--held-out", help="Samples to score on (default: the last part of the data).")
+    ] = "",
+    share: Annotated[float, typer.Option("--held-out-share", min=0, max=1, help="Of the data, for scores.")] = 0.25,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", min=0, help="Loss that is small enough (default: KL 0.05, 1 − cos 0.02)."),
+    ] = None,
+    budget: Annotated[str, typer.Option("--budget", help="Largest size, such as 4GB; then the best that fits.")] = "",
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential", help="Calibrate each on its own quantised blocks, as weft quantize does (slower)."
+        ),
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the quantised models.")] = False,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Rows of data, at most.")] = 128,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens a row, at most.")] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")] = 8,
+    pack: Annotated[bool, typer.Option("--pack", help="Texts one after another, cut every --length tokens.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of which rows are taken.")] = 0,
+    memory: Annotated[str, typer.Option("--memory", help="For hidden states; the rest goes to files.")] = "1GB",
+    plot: Annotated[str, typer.Option("--plot", help="The plot as a picture (.png, needs matplotlib) or page.")] = "",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    plugin: Plugin = None,
+) -> None:
+    """Quantise a model in several ways on the same data, score each, and say which to take."""
+    from weft.calibrate.data import DataOptions
+    from weft.cli.compare import compare_command, compare_text
+    from weft.engine.progress import default_progress
+    from weft.recipe.size import parse_size
+
+    _load_plugins(plugin)
+    with _progress(default_progress(quiet)) as progress:
+        found = compare_command(
+            model, names, bits, data, output, DataOptions(samples, length, batch_size, pack, seed=seed),
+            group_size=group_size, held_out=held_out, share=share, mixed=mixed, tolerance=tolerance,
+            budget=parse_size(budget) if budget else None, sequential=sequential, keep=keep, memory=parse_size(memory),
+            plot=plot, force=force, progress=progress,
+        )  # fmt: skip
+    print(json.dumps(found, indent=1) if as_json else compare_text(found))
+    if all(row["failed"] for row in found["rows"]):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: weft calibrate model/ texts.jsonl -o stats/ --statistics gram,scales --samples 128")
 def calibrate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a transformers model.")],

@@ -28,7 +28,7 @@ from weft.kernels.convert import from_float32
 
 SHARD_BYTES = 5_000_000_000
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-_NOT_COPIED = ("*.index.json", REPORT_FILE, "adapter_config.json")
+_NOT_COPIED = ("*.index.json", REPORT_FILE, "report.json", "adapter_config.json")
 
 
 class CheckpointWriter:

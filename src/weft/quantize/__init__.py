@@ -5,11 +5,16 @@ groups, scales, zero points) are in :mod:`weft.quantize.grid`. :mod:`weft.quanti
 methods to take where there is calibration data, :mod:`weft.quantize.hqq` and :mod:`weft.quantize.nf4` need none. Methods that
 train what is rounded on the outputs of blocks share :mod:`weft.quantize.reconstruct`. :func:`quantize_` quantises a model in
 memory, :func:`quantize_model` writes a quantised copy of one on disk, :func:`load_quantized` runs it on its packed weights.
+:func:`choose_bits` says which layer gets how many bits, :func:`compare_methods` which method to take.
 """
 
 from weft.quantize.adadim import AdaDim, adadim_codes, gptq_by_outputs
+from weft.quantize.allocate import Allocation, Frontier, allocate_bits, frontier
 from weft.quantize.awq import AWQ, awq_scales, weight_share
+from weft.quantize.choose import Chosen, choose_bits
 from weft.quantize.clip import output_clip
+from weft.quantize.compare import compare_methods
+from weft.quantize.curves import Curves
 from weft.quantize.evaluate import evaluate
 from weft.quantize.flexround import FlexRound, FlexRounding
 from weft.quantize.floating_point import FloatingPoint, float_codes, float_scales
@@ -21,10 +26,12 @@ from weft.quantize.hqq import HQQ, hqq_codes
 from weft.quantize.jlcm import JLCM, jlcm_footprint
 from weft.quantize.load import load_quantized
 from weft.quantize.low_rank_patch import low_rank_patch
+from weft.quantize.measure_curves import error_curves
 from weft.quantize.nf4 import Codebook, codebook_codes
 from weft.quantize.nupes import NUPES, PowerCodes
 from weft.quantize.powerquant import PowerQuant, power_codes, power_exponent
 from weft.quantize.reconstruct import Reconstruction, reconstruct_block, reconstruct_layer
+from weft.quantize.report import compare_reports, make_report, write_report
 from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_, quantize_model
 from weft.quantize.shiftadd import ShiftAdd, binary_coding, lookup_product, shiftadd_codes, shiftadd_sensitivity
@@ -46,12 +53,16 @@ __all__ = [
     "VPTQ",
     "W8A8",
     "AdaDim",
+    "Allocation",
+    "Chosen",
     "Codebook",
+    "Curves",
     "Descent",
     "FlexRound",
     "FlexRounding",
     "FloatingPoint",
     "Fold",
+    "Frontier",
     "GradientPTQ",
     "Grid",
     "PowerCodes",
@@ -67,16 +78,22 @@ __all__ = [
     "VectorQuantization",
     "ZeroQuantFP",
     "adadim_codes",
+    "allocate_bits",
     "awq_scales",
     "binary_coding",
+    "choose_bits",
     "codebook_codes",
+    "compare_methods",
+    "compare_reports",
     "descend",
+    "error_curves",
     "evaluate",
     "fake_quantize",
     "find_folds",
     "fit_grid",
     "float_codes",
     "float_scales",
+    "frontier",
     "gptq_by_outputs",
     "gptq_codes",
     "gptq_factor",
@@ -86,6 +103,7 @@ __all__ = [
     "load_quantized",
     "lookup_product",
     "low_rank_patch",
+    "make_report",
     "output_clip",
     "power_codes",
     "power_exponent",
@@ -100,5 +118,6 @@ __all__ = [
     "smooth_scales",
     "vptq_codes",
     "weight_share",
+    "write_report",
     "zeroquant_codes",
 ]

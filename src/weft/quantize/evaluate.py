@@ -180,7 +180,7 @@ def _means(sums: dict[str, float], seconds: float) -> dict[str, float]:
     if sums.get("judged"):
         found["accuracy"] = sums["right"] / sums["judged"]
     if sums.get("compared"):
-        found["kl"] = max(0.0, sums["kl"] / sums["compared"])
+        found["kl"] = max(sums["kl"] / sums["compared"], 0.0)  # rounding aside it is not negative; NaN stays NaN
         found["top1_agreement"] = sums["agreed"] / sums["compared"]
     if sums.get("rows"):
         found["cosine_distance"] = sums["distance"] / sums["rows"]
