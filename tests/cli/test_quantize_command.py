@@ -72,8 +72,11 @@ def test_quantize_evaluate_and_generate(folder: Path, tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["weights"]["symmetric"] is True
     report = json.loads((out / "report.json").read_text())
-    assert report["method"] == "gptq"
-    assert report["parameters"]["group_size"] == 32
+    assert report["recipe"]["method"] == "gptq"
+    assert report["recipe"]["parameters"]["group_size"] == 32
+    assert report["scores"]["after"]["kl"] > 0
+    assert all(row["seconds"] is not None for row in report["layers"])
+    assert "<html" in (out / "report.html").read_text()
     shown = run("eval", out, folder / "held.jsonl", "--against", folder / "model", *DATA, "-n", 21, "-q")
     assert "perplexity" in shown
     assert "KL to the original" in shown
@@ -100,6 +103,25 @@ def test_schemes_need_no_data(folder: Path, tmp_path: Path) -> None:
         assert float(error) < 0.01
     with pytest.raises(WeftError, match="no scheme 'W5A16'"):
         run("quantize", folder / "model", "--scheme", "W5A16", "-o", tmp_path / "x")
+
+
+def test_bits_by_budget(folder: Path, tmp_path: Path) -> None:
+    common = (
+        "quantize", folder / "model", "--method", "gptq", "--group-size", 32, "--data", folder / "texts.jsonl", *DATA,
+        "--json", "-q",
+    )  # fmt: skip
+    facts = json.loads(run(*common, "--target-bits", 4.6, "-o", tmp_path / "bits"))
+    assert facts["bits_per_weight"] <= 4.75
+    assert len(set(facts["bits"].values())) > 1
+    whole = sum(p.stat().st_size for p in (folder / "model").glob("*.safetensors"))
+    wanted = int(0.45 * whole)
+    facts = json.loads(run(*common, "--target-size", str(wanted), "-o", tmp_path / "size"))
+    size = sum(p.stat().st_size for p in (tmp_path / "size").glob("*.safetensors"))
+    assert 0.9 * wanted < size < 1.05 * wanted  # the file's header comes on top
+    with pytest.raises(WeftError, match="least"):
+        run(*common, "--target-bits", 0.5, "-o", tmp_path / "small")
+    with pytest.raises(WeftError, match="one of them"):
+        run(*common, "--target-bits", 4, "--target-size", "1GB", "-o", tmp_path / "both")
 
 
 def test_head_and_embeddings(folder: Path, tmp_path: Path) -> None:

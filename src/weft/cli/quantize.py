@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Request:
     embedding_bits: int
     target_bytes: int
     target_bits: float
+    widths: tuple[int, ...]
     skip_errors: bool
     samples: int
     length: int
@@ -61,7 +62,9 @@ class Request:
 def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress: Progress) -> str:
     """What the command prints."""
     from weft.engine.checkpoint_writer import check_target
+    from weft.quantize.evaluate import evaluate
     from weft.quantize.plan import peak_memory, plan_quantization
+    from weft.quantize.report import write_report
     from weft.quantize.run import quantize_model
 
     began = time.monotonic()
@@ -82,18 +85,25 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
                 f"memory at most {size(plan['memory'])}, of which hidden states {size(plan['hidden'])}", file=sys.stderr
             )
         if request.target_bytes or request.target_bits:
-            changes, recipe = _chosen(checkpoint, changes, request, batches, recipe, progress)
+            changes, recipe, file_format = _chosen(checkpoint, changes, request, batches, recipe, file_format, progress)
+        timings: dict[str, float] = {}
         made = quantize_model(
             checkpoint, request.output, changes, batches, format=file_format, where=request.where or "*",
             statistics=request.statistics or None, recipe=recipe, seed=request.seed, skip_errors=request.skip_errors,
-            memory=request.memory, shard_bytes=request.shard_bytes, force=request.force, progress=progress,
+            memory=request.memory, shard_bytes=request.shard_bytes, force=request.force, progress=progress, timings=timings,
         )  # fmt: skip
         before = checkpoint.nbytes
-    facts = _facts(made, before, recipe, round(time.monotonic() - began, 1), peak_memory(), plan)
+    seconds, peak = round(time.monotonic() - began, 1), peak_memory()
+    facts = _facts(made, before, recipe, seconds, peak, plan)
+    scores: dict[str, dict[str, float]] = {}
     if request.evaluate:
         held_out = _read(request.model, request.evaluate, request.options, progress)
-        facts["scores"] = _scores(made, held_out, request.model, progress)
-    _write_report(made, facts)
+        scores = {
+            "before": evaluate(request.model, held_out, progress=progress),
+            "after": evaluate(made, held_out, request.model, progress=progress),
+        }
+        facts["scores"] = {**scores["after"], **{f"original_{k}": v for k, v in scores["before"].items()}}
+    write_report(made, before=before, seconds=seconds, layer_seconds=timings, peak_memory=peak, scores=scores)
     return json.dumps(facts) if as_json else _text(facts)
 
 
@@ -124,7 +134,7 @@ def configuration(request: Request) -> tuple[dict[str, Any], Change, str]:
     packs = file_format in ("auto", "pack-quantized") and getattr(config, "file_format", "") == "pack-quantized"
     if packs and "kind" not in values and "kind" in row.parameters and "symmetric" in row.parameters["kind"].choices:
         config = row.configure({**values, "kind": "symmetric"})  # which every program loads
-    return {"method": name, "parameters": _plain(config), "scheme": request.scheme}, config, file_format
+    return {"method": name, "parameters": asdict(config), "scheme": request.scheme}, config, file_format
 
 
 def evaluate_command(
@@ -289,10 +299,49 @@ def _with_rest(config: Change, checkpoint: Checkpoint, request: Request) -> Any:
 
 
 def _chosen(
-    checkpoint: Checkpoint, config: Any, request: Request, batches: Batches | None, recipe: dict[str, Any], progress: Progress
-) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    """Bits layer by layer within a budget."""
-    raise NotImplementedError
+    checkpoint: Checkpoint, config: Any, request: Request, batches: Batches | None, recipe: dict[str, Any],
+    file_format: str, progress: Progress,
+) -> tuple[Any, dict[str, Any], str]:  # fmt: skip
+    """Bits layer by layer within a budget; the recipe with them; the format in which they were counted."""
+    from weft.quantize.choose import choose_bits
+    from weft.registry import method as find_method
+
+    if request.target_bytes and request.target_bits:
+        raise RecipeError("Give --target-size or --target-bits, one of them.")
+    row = find_method(recipe["method"])
+    if "bits" not in row.parameters:
+        raise RecipeError(f"{row.name} has no --bits that could be chosen; take a method that has, such as gptq.")
+    whole, others = (
+        (config, {}) if not isinstance(config, dict) else (config["*"], {k: v for k, v in config.items() if k != "*"})
+    )
+    candidates = {str(bits): replace(whole, bits=bits) for bits in request.widths}
+    curves = _curves(checkpoint, candidates, batches, request, file_format, progress)
+    budget = None
+    if request.target_bytes:  # less what is not chosen, as it is
+        sizes = (t.natural_dtype.nbytes(t.size) for n, t in checkpoint.items() if n not in checkpoint.aliases)
+        budget = request.target_bytes - (sum(sizes) - sum(curves.sizes.values()) * _bytes_of(checkpoint))
+    target = None if budget is not None else request.target_bits
+    found = choose_bits(checkpoint, candidates, batches, target_bits=target, target_bytes=budget, curves=curves)
+    bits = {name: int(label) for name, label in found.allocation.choices.items()}
+    return {**found.config, **others}, {**recipe, "bits": bits}, found.format
+
+
+def _curves(
+    checkpoint: Checkpoint, candidates: dict[str, Change], batches: Batches | None, request: Request, file_format: str,
+    progress: Progress,
+) -> Any:  # fmt: skip
+    from weft.quantize.measure_curves import error_curves
+
+    return error_curves(
+        checkpoint, candidates, batches, statistics=request.statistics or None, block_errors=batches is not None,
+        where=request.where or "*", format=file_format, memory=request.memory, progress=progress,
+    )  # fmt: skip
+
+
+def _bytes_of(checkpoint: Checkpoint) -> int:
+    """Bytes of a weight of the model's matrices."""
+    sizes = {t.natural_dtype.bits // 8: t.size for t in checkpoint.values() if len(t.shape) == 2}
+    return max(sizes, key=lambda width: sizes[width])
 
 
 def _facts(
@@ -320,7 +369,8 @@ def _text(facts: dict[str, Any]) -> str:
     ratio = facts["bytes_before"] / max(facts["bytes"], 1)
     lines = [
         f"wrote {facts['output']}: {facts['layers']} layers by {facts['method']}, {size(facts['bytes'])} "
-        f"({ratio:.2f} times smaller) in {facts['seconds']:.1f} s, at most {size(facts['memory_peak'])} of memory"
+        f"({ratio:.2f} times smaller) in {facts['seconds']:.1f} s, at most {size(facts['memory_peak'])} of memory",
+        f"evidence: {Path(facts['output']) / 'report.html'}",
     ]
     for key, value in facts.get("scores", {}).items():
         if key in _LABELS:
@@ -341,21 +391,9 @@ def _plan_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _scores(made: Path, batches: Batches, against: str, progress: Progress) -> dict[str, float]:
-    from weft.quantize.evaluate import evaluate
-
-    found = evaluate(made, batches, against, progress=progress)
-    original = evaluate(against, batches, progress=progress)
-    return {**found, **{f"original_{k}": v for k, v in original.items() if k in ("perplexity", "nll", "accuracy")}}
-
-
 def _read(model: str, data: str, options: DataOptions, progress: Progress) -> Batches:
     with closing(open_checkpoint(model)) as checkpoint:
         return read_for(checkpoint, data, options, [], progress)
-
-
-def _write_report(made: Path, facts: dict[str, Any]) -> None:
-    (made / "report.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _file_bytes(model: str) -> int:
@@ -366,12 +404,6 @@ def _file_bytes(model: str) -> int:
         return path.stat().st_size
     with closing(open_checkpoint(model)) as checkpoint:
         return checkpoint.nbytes
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(config)
 
 
 _LABELS = {

@@ -50,6 +50,7 @@ def quantize(
     target_bits: Annotated[
         float, typer.Option("--target-bits", min=0, help="Bits a weight on the mean, chosen layer by layer.")
     ] = 0,
+    bits_from: Annotated[str, typer.Option("--bits-from", help="Widths that a target chooses among.")] = "2,3,4,5,6,8",
     on_error: Annotated[
         str, typer.Option("--on-error", help="Where a layer fails: stop, or skip (it stays as it is).")
     ] = "stop",
@@ -92,12 +93,21 @@ def quantize(
         raise RecipeError(f"--on-error is stop or skip, got {on_error!r}.")
     request = Request(
         names[0], output, method, scheme, values, data, statistics, file_format, where or [], head_bits, embedding_bits,
-        parse_size(target_size) if target_size else 0, target_bits, on_error == "skip", samples, length, batch_size, pack,
+        parse_size(target_size) if target_size else 0, target_bits, _widths(bits_from), on_error == "skip", samples, length, batch_size, pack,
         seed, evaluate, parse_size(memory), parse_size(shard_size), force,
     )  # fmt: skip
     with _progress(default_progress(quiet or dry_run)) as progress:
         text = quantize_command(request, dry_run=dry_run, as_json=as_json, progress=progress)
     print(text)
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    from weft.errors import RecipeError
+
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise RecipeError(f"--bits-from: {text!r} is no list of whole numbers; write them like 3,4,8.") from None
 
 
 def evaluate(
