@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VOCABULARY, LENGTH, BATCH, STEPS, RATE = 4096, 256, 12, 800, 2e-3
+VOCABULARY, LENGTH, BATCH, STEPS, RATE = 4096, 256, 12, 600, 2e-3
 HELD_OUT = 8  # of so many packages one
 
 

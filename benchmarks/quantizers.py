@@ -16,14 +16,13 @@ import json
 import platform
 import sysconfig
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.quantize import GPTQ, HQQ, RTN, Codebook, quantize_codebook, quantize_gptq, quantize_hqq, quantize_rtn
+from weft.calibrate import Change
+from weft.quantize import GPTQ, HQQ, RTN, Codebook, quantize_model
 
 RESULTS = Path(__file__).with_name("results") / "quantizers.json"
 LENGTH, CALIBRATION, HELD_OUT = 64, 96, 256
@@ -72,19 +71,15 @@ def embeddings(model: str | Path, texts: list[str]) -> Tensor:
     return torch.cat(found)
 
 
-def methods(data: Any) -> dict[str, Callable[[Path], Any]]:
-    """What is compared: a name, and a function that writes the model."""
-    made: dict[str, Callable[[Path], Any]] = {}
+def methods() -> dict[str, Change]:
+    """What is compared."""
+    made: dict[str, Change] = {}
     for bits in (4, 3, 2):
-        made[f"rtn {bits}"] = lambda out, b=bits: quantize_rtn(folder(), out, RTN(b, 64))
-        made[f"hqq {bits}"] = lambda out, b=bits: quantize_hqq(folder(), out, HQQ(b, 64))
+        made[f"rtn {bits}"] = RTN(bits, 64)
+        made[f"hqq {bits}"] = HQQ(bits, 64)
         for order in ("none", "static", "gar"):
-            made[f"gptq {bits} {order}"] = lambda out, b=bits, o=order: quantize_gptq(
-                folder(), data, out, GPTQ(b, 64, order=o)
-            )
-    for table in ("nf4", "fp4"):
-        made[table] = lambda out, t=table: quantize_codebook(folder(), out, Codebook(t))
-    return made
+            made[f"gptq {bits} {order}"] = GPTQ(bits, 64, order=order)
+    return {**made, **{table: Codebook(table) for table in ("nf4", "fp4")}}
 
 
 def main() -> None:
@@ -97,9 +92,10 @@ def main() -> None:
     calibration, held_out = docstrings()
     before = embeddings(folder(), held_out)
     rows = {}
-    for name, write in methods(batches(calibration)).items():
+    data = batches(calibration)
+    for name, config in methods().items():
         with tempfile.TemporaryDirectory() as work:
-            write(Path(work) / "out")
+            quantize_model(folder(), Path(work) / "out", config, data if config.needs else None, format="dense")
             after = embeddings(Path(work) / "out", held_out)
         error = float((1 - torch.cosine_similarity(before, after)).mean())
         rows[name] = {"one_minus_cosine": float(f"{error:.4g}")}

@@ -19,13 +19,13 @@ NUMBER_OF_CHECKS = 18
 ROWS = {name: row for name, row in methods().items() if isinstance(row, QuantizeMethod)}
 # Quantising again moves what these gave; each row says why.
 REFIT = {
-    "adaround", "awq", "flexround", "fp4", "gptq", "gradient-ptq", "hqq", "lrq", "nf4", "nupes", "powerquant", "signround", "zeroquant-fp",
+    "adaround", "awq", "flexround", "fp4", "gptq", "gradient_ptq", "hqq", "lrq", "nf4", "nupes", "powerquant", "signround", "zeroquant_fp",
 }  # fmt: skip
 
 # What the mathematics forbids these; each row says why.
 FORBIDDEN = {
     "jlcm": ["a quantised weight stays"],
-    "kmeans-vq": ["a row of zeros stays one"],
+    "kmeans_vq": ["a row of zeros stays one"],
     "shiftaddllm": [
         "a quantised weight stays", "a row of zeros stays one", "groups that do not divide the inputs",
     ],

@@ -36,9 +36,9 @@ def test_a_model_on_disk(name: str, config: Any, tmp_path: Path) -> None:
     assert weights
     assert all(0 < e["output_error"] < 0.5 for e in weights.values())
     if isinstance(config, VQ4DiT | JLCM):
-        blocks = [e for e in layers.values() if "loss_before" in e]
+        blocks = [e for e in layers.values() if "block_loss_before" in e]
         assert blocks
-        assert all(e["loss"] <= e["loss_before"] for e in blocks)
+        assert all(e["block_loss"] <= e["block_loss_before"] for e in blocks)
     with torch.no_grad():
         a, b = model(**batches[0])[0], reread(**batches[0])[0]
     assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.8

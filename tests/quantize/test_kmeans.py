@@ -95,12 +95,15 @@ def test_parts_of_much_data_come_near_all_of_it() -> None:
     assert torch.equal(first, second)
 
 
-def test_an_entry_that_none_is_nearest_to_is_used_elsewhere() -> None:
-    """Two far clusters, drawn starts in one of them alone: a step moves what is left over."""
-    vectors = torch.cat([torch.randn(50, 2, generator=generator()), 100 + torch.randn(50, 2, generator=generator())])
-    weights = torch.cat([torch.ones(50), torch.full((50,), 1e-9)])  # never drawn, hardly counted
-    table = weighted_kmeans(vectors, 8, weights, generator=generator())
-    assert len(nearest(vectors, table).unique()) == 8
+def test_an_entry_that_none_is_nearest_to_is_used_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From starts that are all one point: the first step leaves all but one without vectors."""
+    vectors = torch.randn(400, 2, generator=generator())
+    plain = inertia(vectors, weighted_kmeans(vectors, 8, generator=generator()), torch.ones(400))
+    monkeypatch.setattr("weft.quantize.kmeans._starts", lambda v, k, w, g: v[:1].repeat(k, 1))
+    for iterations, most in ((1, 8), (100, 1.3)):
+        table = weighted_kmeans(vectors, 8, generator=generator(), iterations=iterations)
+        assert len(nearest(vectors, table).unique()) == 8
+        assert inertia(vectors, table, torch.ones(400)) < most * plain
 
 
 def test_entries_that_a_layer_can_afford() -> None:

@@ -253,7 +253,7 @@ def importance(weight: Tensor, packed: Packed | Tensor, gradient: Tensor, fisher
 
 METHODS = (
     QuantizeMethod(
-        name="gradient-ptq",
+        name="gradient_ptq",
         family="quantize",
         config=GradientPTQ,
         summary="Reconstruct blocks with chosen variables, losses, optimizers and degrees of freedom.",

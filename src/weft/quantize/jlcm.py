@@ -16,7 +16,8 @@ A layer takes :func:`jlcm_footprint` bytes.
 Differences from the paper and its code: no code is published, and the paper's text was read through its abstract and reviews:
 the proximal gradient's formula and the clustering are reconstructions. The paper reorders neurons so that a cluster is a
 range of rows, and reorders what reads them; here each row stores the number of its table, a byte, and the network keeps
-its order. Only the three nearest levels can be chosen, as a proximal rule reaches no others.
+its order. Only the three nearest levels can be chosen, as a proximal rule reaches no others. The paper finds that the
+gradient matters most; of networks of digits with 4 or 8 levels, and of a layer of MiniLM, both do equally well here.
 Complexity: 3 logits a weight, 9 numbers with Adam's; O(out · in · levels) for the start.
 Re-implemented from the abstract and from descriptions of the equations (official code: none).
 """

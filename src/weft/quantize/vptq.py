@@ -280,7 +280,7 @@ METHODS = (
         exceptions={"a row of zeros stays one": "vectors hold values of several rows"},
     ),
     QuantizeMethod(
-        name="kmeans-vq",
+        name="kmeans_vq",
         family="quantize",
         config=VectorQuantization,
         summary="Pieces of columns become the nearest vectors of a codebook from k-means; no data.",

@@ -141,7 +141,7 @@ def _compensated(w: Tensor, scale: Tensor, gram: Tensor, config: ZeroQuantFP) ->
 
 METHODS = (
     QuantizeMethod(
-        name="zeroquant-fp",
+        name="zeroquant_fp",
         family="quantize",
         config=ZeroQuantFP,
         summary="Four-bit floating point with GPTQ's compensation and a low-rank patch, for inputs in FP8.",
