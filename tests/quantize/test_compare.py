@@ -76,7 +76,10 @@ def test_rows_say_what_quantising_gives(llama: tuple[Path, list[Any], list[Any]]
         == curves.by("relative")["model.layers.0.mlp.up_proj"]["rtn 2"][1]
     )
     page = (out / "comparison.html").read_text()
-    assert page.count("<circle") == 5
+    bits, errors = zip(*found["frontier"])
+    assert list(bits) == sorted(bits)
+    assert list(errors) == sorted(errors, reverse=True)
+    assert page.count("<circle") == 5 + len(bits)
     assert "<script" not in page
     budget = rows["rtn 4"]["bytes"]
     walks.clear()
@@ -139,7 +142,7 @@ def test_what_fails_is_a_row(llama: tuple[Path, list[Any], list[Any]], tmp_path:
     assert "<b>" not in page
     assert "<i>" not in page
     assert "&lt;b&gt;this one never works" in page
-    assert page.count("<circle") == 1
+    assert page.count("<circle") == 1 + len(found["frontier"])
     alone = compare_methods(model, {"groups": RTN(4, 20)}, data, held_out, tmp_path / "alone")
     assert alone["best"] is None
     assert "No candidate could be made" in alone["verdict"]

@@ -61,7 +61,7 @@ def compare_methods(
     *,
     mixed: Sequence[float] = (),
     measure: str = "",
-    together: str | Iterable[Sequence[str]] = INPUTS,
+    together: str | Sequence[Sequence[str]] = INPUTS,
     tolerance: float | None = None,
     budget: int | None = None,
     sequential: bool = False,
@@ -95,8 +95,8 @@ def compare_methods(
 
     Returns:
         What ``comparison.json`` holds: ``rows`` (a candidate's ``bytes``, ``loss``, ``scores``, ``seconds``, whether no other
-        one beats it in size and loss (``pareto``), and why it ``failed``), the ``best``, a ``verdict`` in words, and each
-        layer's errors.
+        one beats it in size and loss (``pareto``), and why it ``failed``), the ``best``, a ``verdict`` in words, each layer's
+        errors, and the ``frontier``: the least error of mixed candidates by bits per weight.
 
     Raises:
         RecipeError: there is nothing to compare, or no data.
@@ -174,6 +174,7 @@ def compare_methods(
                 "held_out": int(original["scores"]["tokens"]),
                 "seconds": run.seconds,
                 "layers": _by_layer(curves),
+                "frontier": _frontier(curves, measure, together) if mixed else [],
             }
             shutil.rmtree(work.files, ignore_errors=True)
             work.files.mkdir()
@@ -342,6 +343,15 @@ def _verdict(found: dict[str, Any], tolerance: float | None, budget: int | None)
 def _beats(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     mine, its = (row["bytes"], row["loss"]), (other["bytes"], other["loss"])
     return its != mine and its[0] <= mine[0] and its[1] <= mine[1]
+
+
+def _frontier(curves: Curves, measure: str, together: Any) -> list[list[float]]:
+    """Bits per weight, and the least error that they allow."""
+    size = sum(curves.sizes.values())
+    try:
+        return [[8 * nbytes / size, error] for nbytes, error in curves.frontier(measure, together=together).points(100)]
+    except RecipeError:  # no candidate fits every layer: rows say so
+        return []
 
 
 def _by_layer(curves: Curves) -> dict[str, dict[str, float | None]]:

@@ -103,15 +103,22 @@ def comparison_page(found: Mapping[str, Any]) -> str:
         for row in rows if not row["failed"]
     ]  # fmt: skip
     about = f"{_SCORES.get(found['score'], found['score'])} of {found['held_out']:,} held-out tokens; lower and further left is better."
+    positive = all(mark.y > 0 for mark in marks)  # losses span orders of magnitude
     original = found["original"]
     known = {"original": quantity(original["bytes"], "B"), "best": found["best"] or "none"}
     known |= {f"{_SCORES[k]} of the original": number(v) for k, v in original["scores"].items() if k in _SCORES}
     parts = [
         facts(known),
         paragraphs([found["verdict"]]),
-        card("Size and loss", [plot(marks, "MB", _SCORES.get(found["score"], found["score"]))], about),
+        card("Size and loss", [plot(marks, "MB", _SCORES.get(found["score"], found["score"]), log_y=positive)], about),
         card("Candidates", [table(comparison_columns(found), rows)]),
     ]
+    if found["frontier"]:
+        least = [
+            Mark(bits, error, f"{number(bits)} bits: {number(error)}", front=True) for bits, error in found["frontier"]
+        ]
+        text = "The least sum of errors of layers that a mix of the candidates reaches; what mixed candidates are taken from."
+        parts.append(card("Bits and errors", [plot(least, "bits per weight", "sum of errors", log_y=True)], text))
     layers = found["layers"]
     if layers:
         names = list(next(iter(layers.values())))
