@@ -20,7 +20,8 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from llama_shaped import write_model
+
 RESULTS = Path(__file__).with_name("results") / "quantize_memory.json"
 BATCHES, TOKENS = 8, 128
 KINDS = ("rtn", "gptq")
@@ -73,7 +74,7 @@ def measure(model: Path, kind: str, output: Path) -> dict[str, float]:
 def main() -> None:
     """Write the model, measure twice, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=float, default=3e9)
+    parser.add_argument("--parameters", type=float, default=3.14e9)
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="the others stay as they were measured")
     parser.add_argument("--measure", nargs=3, metavar=("MODEL", "KIND", "OUTPUT"))
     arguments = parser.parse_args()
@@ -83,9 +84,8 @@ def main() -> None:
         return
     work = Path(tempfile.mkdtemp(prefix="weft-quantize-"))
     try:
-        script = str(ROOT / "benchmarks" / "llama_shaped.py")
-        size = ["--parameters", str(arguments.parameters), "--fine-tunes", "0"]
-        subprocess.run([sys.executable, script, str(work), *size], check=True)
+        layers = max(1, round(arguments.parameters / 3.14e9 * 26))
+        write_model(work / "base", {"hidden": 3072, "intermediate": 8192, "layers": layers}, seed=0, shards=4, change=0)
         rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
         for kind in arguments.only:
             command = [sys.executable, __file__, "--measure", str(work / "base"), kind, str(work / kind)]

@@ -319,11 +319,11 @@ def test_packed_weights_on_the_grid_are_written_bit_for_bit(bits: int, kind: str
 
 
 def test_what_gptq_rounded_is_exported_as_it_is(tmp_path: Path) -> None:
-    from weft.quantize import GPTQ, gptq_codes, quantize_gptq
+    from weft.quantize import GPTQ, gptq_codes, quantize_model
 
     model = make("llama", tmp_path / "model")
     config = GPTQ(bits=4, group_size=32, kind="symmetric", scale_dtype="float16", order="none")
-    quantize_gptq(tmp_path / "model", [{"input_ids": IDS}], tmp_path / "gptq", config)
+    quantize_model(tmp_path / "model", tmp_path / "gptq", config, [{"input_ids": IDS}], format="dense")
     write_gguf(tmp_path / "gptq", tmp_path / "folder.gguf", kind="q4_0")
     with weft.open(tmp_path / "gptq") as before, weft.open(tmp_path / "folder.gguf") as after:
         for name, tensor in before.items():
@@ -333,10 +333,10 @@ def test_what_gptq_rounded_is_exported_as_it_is(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.gate_proj.weight"
     weight = model.state_dict()[name]
     rounded = gptq_codes(weight, torch.eye(64) + 0.5, config)
-    packed = {name: Affine(*rounded.codes, bits=4, low=-8)}
+    packed = {name: rounded.codes}
     assert write_gguf(tmp_path / "model", tmp_path / "codes.gguf", kind="f16", packed=packed).exact == 1
     with weft.open(tmp_path / "codes.gguf") as after:
-        assert np.array_equal(after[name].numpy(), rounded.weight.numpy())
+        assert np.array_equal(after[name].numpy(), rounded.codes.dequantize().numpy())
 
 
 def test_zero_points_may_stand_for_the_shift() -> None:

@@ -31,7 +31,7 @@ def test_there_is_one_of_every_form() -> None:
 
     for made in MADE.values():
         walk(made)
-    assert found == set(FORMS.values())
+    assert found == {form for form in FORMS.values() if form.__module__.startswith("weft.")}
 
 
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)

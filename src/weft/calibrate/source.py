@@ -171,12 +171,22 @@ class FromCheckpoint(InMemory):
             known = {target: key for key, target in self._keys.items()}
             return {n: {known[f"{n}.weight"]: (0, _rows(m))} for n, m in layers.items() if f"{n}.weight" in known}
         module = self.model.get_submodule(name)
-        marks = {f"{name}.{n}": torch.full(t.shape, -1, dtype=torch.int32) for n, t in module.state_dict().items()}
+        marks = {f"{name}.{n}": _mark(-1).expand(t.shape) for n, t in module.state_dict().items()}
         order = list(layers)
+        slices: dict[str, list[tuple[int, Slice]]] = {}
         for number, layer in enumerate(layers.values()):
-            mark = _marks_of(layer, name, module, marks)
-            rows = torch.arange(mark.shape[0], dtype=torch.int32).reshape(-1, *[1] * (mark.dim() - 1))
-            mark.copy_((rows + (number << _ROW_BITS)).expand_as(mark))
+            path = _path_of(layer, name, module)
+            if isinstance(layer, Slice):
+                slices.setdefault(path, []).append((number, layer))
+            else:
+                rows = _numbered(number, _rows(layer))
+                seen = layout_of(layer, "weight", marks[path]).seen(marks[path])
+                turned = rows.reshape(-1, *[1] * (seen.dim() - 1)).expand(seen.shape)
+                marks[path] = layout_of(layer, "weight", turned).stored(turned)
+        for path, experts in slices.items():
+            fused = torch.stack([_numbered(number, _rows(layer)) for number, layer in experts]).unsqueeze(-1)
+            holder: Any = experts[0][1].experts
+            marks[path] = (fused.mT if holder.is_transposed else fused).expand(marks[path].shape)
         with quiet():
             reverted: dict[str, Tensor] = revert_weight_conversion(self.model, marks)
         base = f"{self.model.base_model_prefix}."
@@ -186,10 +196,11 @@ class FromCheckpoint(InMemory):
             if place is None or mark.dim() < 2:
                 continue
             for turned in (mark, mark.mT):
-                rows = turned.flatten(1)[:, 0]
+                flat = turned if turned.dim() == 2 else turned.flatten(1)
+                rows = flat[:, 0]
                 first, last = int(rows[0]), int(rows[-1])
                 whole = first >= 0 and first >> _ROW_BITS == last >> _ROW_BITS and last - first == len(rows) - 1
-                if whole and bool((turned.flatten(1) == rows[:, None]).all()):
+                if whole and torch.equal(flat.amin(1), rows) and torch.equal(flat.amax(1), rows):
                     start = first & ((1 << _ROW_BITS) - 1)
                     found.setdefault(order[first >> _ROW_BITS], {})[place] = (start, start + len(rows))
                     break
@@ -360,15 +371,20 @@ def _is_plain(tensor: Tensor, stored: LazyTensor) -> bool:
     return tuple(tensor.shape) == stored.shape and not tensor.is_meta
 
 
-def _marks_of(layer: Any, name: str, block: nn.Module, marks: Mapping[str, Tensor]) -> Tensor:
-    """The marks of a layer's weight, as (out, in, …)."""
-    holder = layer.experts if isinstance(layer, Slice) else layer
+def _mark(value: int) -> Tensor:
+    return torch.full((), value, dtype=torch.int32)
+
+
+def _numbered(number: int, rows: int) -> Tensor:
+    """(rows,) int32, which say their layer and themselves; expanded over columns they take no memory."""
+    return torch.arange(rows, dtype=torch.int32) + (number << _ROW_BITS)
+
+
+def _path_of(layer: Any, name: str, block: nn.Module) -> str:
+    """The name of the parameter that holds a layer's weight."""
+    holder, part = (layer.experts, layer.part) if isinstance(layer, Slice) else (layer, "weight")
     path = next(p for p, m in block.named_modules() if m is holder)
-    if isinstance(layer, Slice):
-        mark = marks[".".join(p for p in (name, path, layer.part) if p)][layer.index]
-        return mark.mT if holder.is_transposed else mark
-    mark = marks[".".join(p for p in (name, path, "weight") if p)]
-    return layout_of(layer, "weight", mark).seen(mark)
+    return ".".join(p for p in (name, path, part) if p)
 
 
 def _to_meta(module: nn.Module) -> None:

@@ -178,6 +178,8 @@ class BlockTask:
             yield
         except (WeftError, torch.linalg.LinAlgError) as error:
             if not self.skip_errors:
+                if isinstance(error, WeftError) and name not in str(error):
+                    raise type(error)(f"{name}: {error}") from error
                 raise
             self.note(name, failed=str(error))
         self.note(name, seconds=round(time.perf_counter() - start, 3))
