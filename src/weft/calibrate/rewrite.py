@@ -166,23 +166,18 @@ def write_blocks(
                 repr(where), seed, None if held is None else held.facts.provenance, extra,
             ])  # fmt: skip
             parts = Parts(work.root / "parts", identity)
-            seen: list[tuple[str, nn.Module]] = []
+            seen: list[tuple[str, nn.Module]] = []  # for a hint, as long as nothing was chosen
+            chosen = False
             walk_folder = None if data is None else work.root / "walk"
             targets = any(c.targets for c in changes.values())
             for block in _blocks(
                 checkpoint, data, memory, check, progress, walk_folder, targets, parts, explicit(changes)
             ):
-                seen += block.linears().items()
-                tasks = change_block(
-                    block, changes, where, held, extra, seed, skip_errors, files.round if files else None
-                )
-                changed = any(task.changed for task in tasks)
-                tensors = block.stored() if changed else {}
-                part = files.block(block, tasks) if changed and files else Part()
-                _add_dense(part, tensors, checkpoint)
-                part.report = {name: task.notes.get(name, {}) for task in tasks for name in task.layers}
-                part.blocks = {n: notes for task in tasks for n, notes in task.notes.items() if n not in part.report}
+                part = _changed(block, changes, where, held, extra, seed, skip_errors, files, checkpoint)
                 parts.put(block.number, part)
+                chosen = chosen or bool(part.report)
+                seen = [] if chosen else [*seen, *block.linears().items()]
+                del part
                 progress.advance(block.name or "embeddings and head", 1)
             report = parts.report()
             if not report:
@@ -213,6 +208,20 @@ def write_blocks(
         work.release()
         if checkpoint is not model:
             checkpoint.close()
+
+
+def _changed(
+    block: Block, changes: Mapping[Any, Change], where: Selector, held: Statistics | None, extra: list[str], seed: int,
+    skip_errors: bool, files: Files | None, checkpoint: Checkpoint,
+) -> Part:  # fmt: skip
+    """Change a block, and say what of it is written; nothing of it stays in memory."""
+    tasks = change_block(block, changes, where, held, extra, seed, skip_errors, files.round if files else None)
+    changed = any(task.changed for task in tasks)
+    part = files.block(block, tasks) if changed and files else Part()
+    _add_dense(part, block.stored() if changed else {}, checkpoint)
+    part.report = {name: task.notes.get(name, {}) for task in tasks for name in task.layers}
+    part.blocks = {n: notes for task in tasks for n, notes in task.notes.items() if n not in part.report}
+    return part
 
 
 def warn_of(report: Mapping[str, Mapping[str, Any]]) -> None:
@@ -299,7 +308,9 @@ def _blocks(
         source.load([name])
         module = source.model.get_submodule(name)
         with unfused(module, name) as experts:
-            yield Block(name, number, module, Loaded(source), dict(experts))
+            block = Block(name, number, module, Loaded(source), dict(experts))
+            yield block
+            block.experts.clear()  # their weights are views of what is dropped now
         source.drop([name])
     yield from rest_of(Loaded(source), beyond, parts)
 

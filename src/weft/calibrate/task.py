@@ -28,6 +28,7 @@ from weft.errors import NonFiniteError, RecipeError, WeftError
 from weft.function.layout import Layout, layout_of
 from weft.packed import Packed, Transposed
 
+SEEN = 256  # outputs, at least, by which a layer's error is judged
 FEW = 16  # rows of inputs below which statistics say too little about a layer
 Result: TypeAlias = Tensor | Packed | None
 
@@ -64,7 +65,7 @@ class Change:
 
     def scratch(self, rows: int, columns: int) -> float:
         """Bytes that changing one layer takes beside the model and the statistics: copies in float32, codes, packing."""
-        return 36.0 * rows * columns
+        return 32.0 * rows * columns
 
     def nominal_bits(self, rows: int, columns: int) -> float:
         """Bits a weight in files, about; 0 where it is not known beforehand."""
@@ -126,7 +127,7 @@ class BlockTask:
         """Give a layer a new matrix: (out, in), or packed; None leaves it.
 
         The report learns how far it moved: ‖Δ‖ / ‖W‖, and, where the Gram matrix G of its inputs is known, the share of its
-        output that changed, tr(Δ G Δᵀ) / tr(W G Wᵀ).
+        output that changed, tr(Δ G Δᵀ) / tr(W G Wᵀ); of many rows, over some hundreds of them.
 
         Raises:
             RecipeError: it has another shape.
@@ -199,6 +200,8 @@ class BlockTask:
             return found
         gram = self.statistics.gram(name).float()
         if gram.dim() == 2:
+            rows = torch.arange(0, len(before), max(1, len(before) // SEEN))
+            before, delta = before[rows], delta[rows]
             whole = float(((before @ gram) * before).sum())
             found["output_error"] = float(((delta @ gram) * delta).sum()) / whole if whole > 0 else 0.0
         return found

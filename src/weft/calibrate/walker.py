@@ -284,6 +284,7 @@ class Walk:
                 yield block
                 if not block.finished:
                     block.run(keep=True)
+                block.experts.clear()  # their weights are views of what is dropped now
             self._finish(number)
         finally:
             self.source.drop([name])

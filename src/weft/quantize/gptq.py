@@ -49,7 +49,7 @@ from weft.quantize.rtn import RTN
 
 ORDERS = ("none", "static", "gar")
 GROUPS = ("static", "dynamic")
-_ROWS = 1024  # at a time
+_ROWS = 512  # at a time
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def inverse_factor(gram: Tensor, damping: float, order_of: Callable[[Tensor], Te
         h.diagonal().copy_(plain + share * mean)
         lower, info = torch.linalg.cholesky_ex(h)
         # a positive definite matrix whose factor overflows is as useless as one that is not
-        if not int(info) and bool(lower.isfinite().all()):
+        if not int(info) and all(bool(rows.isfinite().all()) for rows in lower.split(_ROWS)):
             break
         # ends at 10 · in at the latest: no eigenvalue is below minus the trace
         share = max(10 * share, 1e-8)
@@ -219,11 +219,11 @@ def _is_gram(gram: Tensor, diagonal: Tensor) -> bool:
     """Whether a matrix may be Σ xᵀx, looked at some rows at a time."""
     if not diagonal.isfinite().all() or not bool((diagonal >= 0).all()):
         return False
-    sizes = diagonal.sqrt()
+    wide = torch.promote_types(gram.dtype, torch.float32)
+    sizes = diagonal.sqrt().to(wide)
     for start in range(0, len(gram), _ROWS):
-        rows = gram[start : start + _ROWS].double()
+        rows, mirrored = gram[start : start + _ROWS].to(wide), gram[:, start : start + _ROWS].T.to(wide)
         limits = sizes[start : start + _ROWS, None] * sizes  # of Cauchy and Schwarz: none of Σ xᵀx is larger
-        mirrored = gram[:, start : start + _ROWS].T.double()
         if not rows.isfinite().all() or bool((rows.abs() > 1.001 * limits).any()):
             return False
         if bool(((rows - mirrored).abs() > 1e-3 * limits).any()):

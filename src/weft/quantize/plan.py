@@ -1,7 +1,7 @@
 """What quantising a model will take: memory and the size of the files, counted from shapes before a weight is read.
 
 Peak memory is that of the largest block: its weights, the statistics that its changes need (8 bytes a number while they are
-summed, 4 afterwards), what the change of its largest layer takes (:meth:`weft.calibrate.Change.scratch`), the hidden states of
+summed, 4 afterwards), the codes of its layers, what the change of its largest layer takes (:meth:`weft.calibrate.Change.scratch`), the hidden states of
 the data within their budget, and one forward pass of a batch; beside what the program has already taken.
 """
 
@@ -28,6 +28,7 @@ from weft.packed.formats import find_format
 from weft.quantize.run import AUTO, DENSE, as_in_files, file_format
 
 _STREAMS = 2  # hidden states before and after a block
+_CODES = 2.5  # bytes a weight of the codes that a block's packed weights hold until it is written
 
 
 def plan_quantization(
@@ -68,7 +69,8 @@ def plan_quantization(
                 shared: Mapping[str, str] = leaders[index][min(number, len(leaders[index]) - 1)] if leaders else {}
                 weights = sum(p.nbytes for p in model.get_submodule(block).parameters())
                 sums, scratch, bits, counted, sure = _block(chosen, changes, shared, f"{block}.")
-                fitting = sums / 2 + scratch
+                held = _CODES * sum(m.weight.numel() for m in chosen.values())
+                fitting = sums / 2 + scratch + held
                 largest = max(largest, int(weights + max(sums + forward, fitting, forward)))
                 saved, layers_counted, known = saved + bits, layers_counted + counted, known and sure
     sums, scratch, bits, counted, sure = _block(rest, changes, {}, "")
