@@ -208,3 +208,13 @@ def test_another_run_begins_anew(tmp_path: Path) -> None:
     with weft.open(folder) as before, weft.open(made) as after:
         name = "model.layers.0.mlp.up_proj.weight"
         assert torch.equal(after[name].torch(), 2 * before[name].torch())
+
+
+def test_where_single_experts_lie(tmp_path: Path) -> None:
+    _, batches, folder = saved(tmp_path, "mixtral")
+    with weft.open(folder) as checkpoint, Walk(checkpoint, batches) as walk:
+        block = next(iter(walk))
+        layers = block_layers(block)
+        whole = walk.source.stored_names(block.name, layers)
+        for name, layer in layers.items():
+            assert walk.source.stored_names(block.name, {name: layer}) == {name: whole[name]}

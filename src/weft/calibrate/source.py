@@ -184,8 +184,10 @@ class FromCheckpoint(InMemory):
                 turned = rows.reshape(-1, *[1] * (seen.dim() - 1)).expand(seen.shape)
                 marks[path] = layout_of(layer, "weight", turned).stored(turned)
         for path, experts in slices.items():
-            fused = torch.stack([_numbered(number, _rows(layer)) for number, layer in experts]).unsqueeze(-1)
             holder: Any = experts[0][1].experts
+            fused = torch.full((len(marks[path]), _rows(experts[0][1]), 1), -1, dtype=torch.int32)
+            for number, layer in experts:
+                fused[layer.index, :, 0] = _numbered(number, _rows(layer))
             marks[path] = (fused.mT if holder.is_transposed else fused).expand(marks[path].shape)
         with quiet():
             reverted: dict[str, Tensor] = revert_weight_conversion(self.model, marks)
