@@ -150,8 +150,8 @@ def resident_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most that this process has had, pages of files included."""
-    return _status("VmHWM")
+    """The most that this process has had, without the pages of files that it has now."""
+    return _status("VmHWM") - _status("RssFile")
 
 
 def _status(key: str) -> int:
