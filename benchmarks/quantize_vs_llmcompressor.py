@@ -93,7 +93,7 @@ def run(kind: str, model: Path, output: Path, peer: Path) -> dict[str, float]:
     return found
 
 
-def prepare(folder: Path, source: Path | None) -> None:
+def prepare(folder: Path, source: Path | None, tokenizer_of: Path) -> None:
     """A model's folder with its calibration data: a copy of a trained one, or random weights."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -112,6 +112,7 @@ def prepare(folder: Path, source: Path | None) -> None:
         num_key_value_heads=12, max_position_embeddings=512,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)  # the peer does not start without one
     torch.save(torch.randint(4, 4096, (ROWS, TOKENS)), folder / "calibration.pt")
 
 
@@ -143,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for name, source in (("8 × 768, random", None), ("trained", arguments.model)):
             folder = Path(work) / f"model-{source is None}"
-            prepare(folder, source)
+            prepare(folder, source, arguments.model)
             runs: dict[str, list[dict[str, float]]] = {"weft": [], "llm-compressor": []}
             for _ in range(arguments.rounds):
                 for kind, done in runs.items():
