@@ -19,7 +19,7 @@ from weft.checkpoint.dtypes import DTYPES
 from weft.checkpoint.header import TensorInfo
 from weft.errors import CheckpointError
 from weft.kernels.convert import to_float32
-from weft.kernels.jit import fused
+from weft.kernels.jit import fused, kernel
 
 STEP = 4  # ranks are padded to a multiple of it
 _TILE = 512  # columns of four rows and four factors that stay in the first-level cache
@@ -271,10 +271,19 @@ def as_factors(left: np.ndarray, right: np.ndarray, magnitude: np.ndarray | None
     return Factors(np.ascontiguousarray(left), np.ascontiguousarray(right), magnitude, **more)
 
 
+@kernel
+def _add_scaled(total, scale, goal):  # (n,), scale -> += (n,); total becomes scale · total
+    # two loops: in one the compiler would round the product once, with the sum, and merging a live model does not
+    for j in range(total.size):
+        total[j] = scale * total[j]
+    for j in range(goal.size):
+        goal[j] = goal[j] + total[j]
+
+
 @fused
 def add_product(left, right, scale, out):  # (rows, rank), (rank, columns), scale -> += (rows, columns); rank by fours
-    # Each value is summed over the rank in order, from zero, then scaled and added: as BLAS does for the ranks of
-    # adapters, so that a weight in a file has the bits that merging the live model gives it.
+    # Each value is summed over the rank in order, from zero: as BLAS does for the ranks of adapters, so that a weight in a
+    # file has the bits that merging the live model gives it.
     whole = out.shape[0] - out.shape[0] % 4
     sums = np.empty((4, _TILE), np.float32)
     for start in range(0, out.shape[1], _TILE):
@@ -296,15 +305,11 @@ def add_product(left, right, scale, out):  # (rows, rank), (rank, columns), scal
                     y[j] = y[j] + y0 * aj + y1 * bj + y2 * cj + y3 * dj
                     z[j] = z[j] + z0 * aj + z1 * bj + z2 * cj + z3 * dj
             for row in range(4):
-                goal, total = out[i + row, start:stop], sums[row]
-                for j in range(goal.size):
-                    goal[j] = goal[j] + scale * total[j]
+                _add_scaled(sums[row, : stop - start], scale, out[i + row, start:stop])
         for i in range(whole, out.shape[0]):
             w[:] = 0
             for k in range(left.shape[1]):
                 w0, a = left[i, k], right[k, start:stop]
                 for j in range(w.size):
                     w[j] = w[j] + w0 * a[j]
-            goal = out[i, start:stop]
-            for j in range(goal.size):
-                goal[j] = goal[j] + scale * w[j]
+            _add_scaled(w, scale, out[i, start:stop])

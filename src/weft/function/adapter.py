@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,14 +101,15 @@ class Adapter(WeightFunction):
 
 
 def scaled_sum(value: Tensor, change: Tensor, scale: float) -> Tensor:
-    """value + scale · change, in one pass where that is safe.
+    """value + scale · change, in one pass where that is safe and rounds as two do: where the scale is a power of two.
 
-    Inductor (torch 2.13) makes one ``addmm`` of a product and ``torch.add(…, alpha=scale)``, and drops the scale.
+    So a live model, its merged weights and PEFT's give the same bits. Inductor (torch 2.13) makes one ``addmm`` of a product and
+    ``torch.add(…, alpha=scale)``, and drops the scale.
 
     >>> scaled_sum(torch.ones(2), torch.ones(2), 0.5)
     tensor([1.5000, 1.5000])
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _is_power_of_two(scale):
         return value + scale * change
     return torch.add(value, change, alpha=scale)
 
@@ -116,12 +118,16 @@ def add_product(value: Tensor, thin: Tensor, factor: Tensor, scale: float) -> Te
     """value (…, out) + scale · thin (…, rank) · factorᵀ, factor (out, rank).
 
     Product, scale and sum in one pass over ``value``, and without a second tensor of its size for the backward pass,
-    where all have one dtype.
+    where all have one dtype and the scale is a power of two (see :func:`scaled_sum`).
 
     >>> add_product(torch.ones(1, 2), torch.ones(1, 1), torch.tensor([[1.0], [3.0]]), 0.5)
     tensor([[1.5000, 2.5000]])
     """
-    if value.dtype != thin.dtype or value.dim() < 2:
+    if value.dtype != thin.dtype or value.dim() < 2 or not _is_power_of_two(scale):
         return scaled_sum(value, functional.linear(thin, factor), scale).to(value.dtype)
     rows = torch.addmm(value.flatten(0, -2), thin.flatten(0, -2), factor.mT, alpha=scale)
     return rows.view(value.shape)
+
+
+def _is_power_of_two(scale: float) -> bool:
+    return math.frexp(scale)[0] in (0.5, -0.5)
