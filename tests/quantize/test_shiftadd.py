@@ -10,7 +10,7 @@ from torch import Tensor
 from weft.errors import RecipeError
 from weft.packed import Binary, unpack
 from weft.quantize import ShiftAdd, binary_coding, lookup_product, shiftadd_codes, shiftadd_sensitivity
-from weft.quantize.gptq import column_factor
+from weft.quantize.compensate import column_factor
 from weft.quantize.shiftadd import powers_of_two
 
 

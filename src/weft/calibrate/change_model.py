@@ -154,7 +154,7 @@ class _Whole(Walk):
         return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
 
     @torch.no_grad()
-    def _replay(self, block: Block, keep: bool) -> None:
+    def _replay(self, block: Block, keep: bool, until: tuple[nn.Module, ...]) -> None:
         for number in range(len(self.batches)):
             args, kwargs = self._arguments(block, number)
             block.module(*args, **kwargs)

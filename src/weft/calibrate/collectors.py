@@ -25,7 +25,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from weft.calibrate.sums import absolute_sums, gram, histogram, wide
+from weft.calibrate.sums import absolute_sums, add_gram, histogram, mirrored, wide
 from weft.errors import NonFiniteError
 
 
@@ -64,11 +64,13 @@ class Gram:
         """Add rows (rows, channels)."""
         if self.groups > 1:
             x = x.unflatten(-1, (self.groups, -1)).transpose(0, 1)  # (rows, groups · n) -> (groups, rows, n)
-        self._total = gram(x, self._total)
+        if self._total is None:
+            self._total = x.new_zeros((*x.shape[:-2], x.shape[-1], x.shape[-1]), dtype=torch.float64)
+        add_gram(x, self._total)
 
     def result(self) -> dict[str, Tensor]:
         """``gram``: (n, n), or (groups, n, n)."""
-        return {} if self._total is None else {"gram": self._total}
+        return {} if self._total is None else {"gram": mirrored(self._total)}
 
 
 class Mean:
@@ -208,7 +210,7 @@ class Inputs:
         """
         if not len(x):
             return
-        if not torch.isfinite(x.sum(dtype=torch.float64)) and not x.isfinite().all():
+        if not torch.isfinite(x.sum()) and not x.isfinite().all():  # finite values may have an infinite sum
             raise NonFiniteError(
                 f"{self.name}: is given NaN or infinite values, of which no statistic means anything. The weights are "
                 "damaged, the data is not what the model expects, or half precision overflows (use bfloat16)."

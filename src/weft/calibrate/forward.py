@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,6 +100,12 @@ def hidden_of(out: Any, name: str) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise RecipeError(f"{name} returns {type(hidden).__name__} and not hidden states; it cannot be walked.")
     return hidden
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether this processor has instructions that multiply in bfloat16."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def on_cpu(batch: Batch) -> Batch:

@@ -76,6 +76,7 @@ def rewrite(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     check: bool = True,
+    autocast: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write a changed copy of a transformers model, in its own types.
@@ -100,6 +101,7 @@ def rewrite(
         shard_bytes: largest file.
         force: replace an output that weft made.
         check: see :class:`weft.calibrate.Walk`.
+        autocast: see :class:`weft.calibrate.Walk`; not done for changes that read the original model's hidden states.
         progress: where to report.
 
     Returns:
@@ -113,7 +115,8 @@ def rewrite(
     """
     return write_blocks(
         model, batches, change, output, None, what=what, where=where, statistics=statistics, recipe=recipe, seed=seed,
-        skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check, progress=progress,
+        skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check, autocast=autocast,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ def write_blocks(
     shard_bytes: int,
     force: bool,
     check: bool,
+    autocast: bool,
     progress: Progress | None,
     timings: dict[str, float] | None = None,
 ) -> Path:
@@ -163,7 +167,7 @@ def write_blocks(
         try:
             identity = digest_of([
                 weft.__version__, checkpoint.fingerprint, json.dumps(facts["recipe"], sort_keys=True, default=str), digest,
-                repr(where), seed, None if held is None else held.facts.provenance, extra,
+                repr(where), seed, None if held is None else held.facts.provenance, extra, autocast,
             ])  # fmt: skip
             parts = Parts(work.root / "parts", identity)
             seen: list[tuple[str, nn.Module]] = []  # for a hint, as long as nothing was chosen
@@ -171,7 +175,7 @@ def write_blocks(
             walk_folder = None if data is None else work.root / "walk"
             targets = any(c.targets for c in changes.values())
             for block in _blocks(
-                checkpoint, data, memory, check, progress, walk_folder, targets, parts, explicit(changes)
+                checkpoint, data, memory, check, autocast, progress, walk_folder, targets, parts, explicit(changes)
             ):
                 part = _changed(block, changes, where, held, extra, seed, skip_errors, files, checkpoint)
                 parts.put(block.number, part)
@@ -279,14 +283,22 @@ def explicit(changes: Mapping[Any, Change]) -> dict[Any, Change]:
 
 
 def _blocks(
-    checkpoint: Checkpoint, batches: list[Any] | None, memory: int, check: bool, progress: Progress,
+    checkpoint: Checkpoint, batches: list[Any] | None, memory: int, check: bool, autocast: bool, progress: Progress,
     folder: Path | None, targets: bool, parts: Parts, beyond: Mapping[Any, Change],
 ) -> Iterator[Block]:  # fmt: skip
     """Blocks of a walk that no part is of, and the rest if a change may choose layers of it; without data, blocks that are
     only loaded.
     """
     if batches is not None:
-        with Walk(checkpoint, batches, memory=memory, folder=folder, check=check, targets=targets) as walk:
+        with Walk(
+            checkpoint,
+            batches,
+            memory=memory,
+            folder=folder,
+            check=check,
+            autocast=autocast and not targets,
+            targets=targets,
+        ) as walk:
             progress.start("changing", len(walk), len(walk), "blocks")
             done = 0
             for block in walk:
@@ -333,7 +345,7 @@ class Loaded(Walk):
 
 def _statistics_of(block: Block, kinds: list[str], layers: Mapping[str, nn.Module]) -> Statistics:
     with watched(block, kinds, layers=layers) as watch:
-        block.run()
+        block.run(until=layers.values())
     facts = Facts()
     found = results_of(watch, layers, facts, fingerprints=False)
     return Statistics({name: t.float() if t.is_floating_point() else t for name, t in found}, facts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,30 +13,76 @@ from torch.nn import functional
 from weft.errors import RecipeError
 
 BINS = 1 << 16
-PANEL = 1024  # rows of a product that are made at a time, for memory
+PANEL = 512  # rows of a product that are made at a time: those below the diagonal are not made, and for memory
 _ROWS = 8192  # of one product: a float32 copy of more rows would cost more memory than it saves time
 
 
-def gram(x: Tensor, total: Tensor | None = None) -> Tensor:
+def gram(x: Tensor) -> Tensor:
     """Σ xᵀx over the rows of a batch.
 
     Args:
         x: (…, rows, channels), of any floating type.
-        total: (…, channels, channels) float64, to add to in place.
 
     Returns:
-        ``total``, or a new tensor; products of up to 8,192 rows are made in float32 (of float64 inputs: in float64).
+        (…, channels, channels) float64; see :func:`add_gram`.
 
     >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[10.0, 14.0], [14.0, 20.0]]
     """
-    if total is None:
-        total = x.new_zeros((*x.shape[:-2], x.shape[-1], x.shape[-1]), dtype=torch.float64)
-    for rows in x.split(_ROWS, dim=-2):
-        part = wide(rows)
-        for start in range(0, x.shape[-1], PANEL):
-            total[..., start : start + PANEL, :] += part[..., start : start + PANEL].mT @ part
+    total = x.new_zeros((*x.shape[:-2], x.shape[-1], x.shape[-1]), dtype=torch.float64)
+    return mirrored(add_gram(x, total))
+
+
+def add_gram(x: Tensor, total: Tensor) -> Tensor:
+    """Add Σ xᵀx, on and above the diagonal; what is below is made by :func:`mirrored` in the end.
+
+    Products of up to 8,192 rows are made in float32 (of float64 inputs: in float64). Of numbers in bfloat16 they are made by
+    its instructions, which round nothing on the way into float32. So are they under autocast, where a layer multiplies its
+    inputs after rounding them to bfloat16: these are counted then.
+
+    Args:
+        x: (…, rows, channels), of any floating type.
+        total: (…, channels, channels) float64, changed in place.
+
+    >>> add_gram(torch.tensor([[1.0, 2.0]]), torch.zeros(2, 2, dtype=torch.float64))[0].tolist()
+    [1.0, 2.0]
+    """
+    halves = x.device.type == "cpu" and (x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"))
+    with torch.autocast("cpu", enabled=False), bfloat16_products() if halves else contextlib.nullcontext():
+        for rows in x.split(_ROWS, dim=-2):
+            part = wide(rows)
+            for start in range(0, x.shape[-1], PANEL):
+                total[..., start : start + PANEL, start:] += part[..., start : start + PANEL].mT @ part[..., start:]
     return total
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """A symmetric matrix of which only the part on and above the diagonal is known, completed in place.
+
+    >>> mirrored(torch.tensor([[1.0, 2.0], [0.0, 3.0]])).tolist()
+    [[1.0, 2.0], [2.0, 3.0]]
+    """
+    for start in range(0, total.shape[-1], PANEL):
+        rows = slice(start, start + PANEL)
+        total[..., start + PANEL :, rows] = total[..., rows, start + PANEL :].mT
+        corner = total[..., rows, rows].triu()
+        total[..., rows, rows] = corner + corner.mT - torch.diag_embed(corner.diagonal(dim1=-2, dim2=-1))
+    return total
+
+
+@contextlib.contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """While it lasts, matrix products of float32 tensors on the CPU round factors to bfloat16; sums stay in float32.
+
+    Nothing changes on processors without instructions for that.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def absolute_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

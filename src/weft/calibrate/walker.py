@@ -34,7 +34,17 @@ from torch import Tensor, nn
 from weft.calibrate.activations import Activations, nested_map
 from weft.calibrate.check import check_architecture
 from weft.calibrate.experts import Slice, unfused
-from weft.calibrate.forward import Batch, StandIns, call, digest_of, hidden_of, on_cpu, with_hidden, without_cache
+from weft.calibrate.forward import (
+    Batch,
+    StandIns,
+    call,
+    digest_of,
+    has_bfloat16,
+    hidden_of,
+    on_cpu,
+    with_hidden,
+    without_cache,
+)  # fmt: skip
 from weft.calibrate.source import FromCheckpoint, InMemory, open_source
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.open import open_checkpoint
@@ -81,10 +91,11 @@ class Block:
         found = {".".join(x for x in (self.name, p) if x): m for p, m in self.module.named_modules() if is_linear(m)}
         return {**found, **self.experts}
 
-    def run(self, *, keep: bool = False) -> None:
+    def run(self, *, keep: bool = False, until: Iterable[nn.Module] = ()) -> None:
         """Run over all batches, for hooks to see; ``keep``: outputs become the next block's inputs.
 
         The walk runs a block with ``keep`` by itself when the loop goes on, unless that was done; nothing may run after.
+        ``until``: layers whose inputs are all that is wanted; where each runs once, the block stops when all are given theirs.
 
         Raises:
             RecipeError: the block ran with ``keep`` before, so its inputs are gone.
@@ -93,7 +104,7 @@ class Block:
             raise RecipeError(
                 f"{self.name} has run with keep=True, and its inputs are gone; run it for statistics before that."
             )
-        self.walk._replay(self, keep)
+        self.walk._replay(self, keep, () if keep else tuple(until))
         self.finished = keep
 
     def batch(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -134,6 +145,8 @@ class Walk:
         memory: bytes of hidden states to keep in memory; the rest goes to files.
         folder: where hidden states are kept after each block, so that a walk that was stopped goes on there.
         check: walk a small random copy first, and refuse an architecture where that differs from the plain forward pass.
+        autocast: run the blocks of models in float32 and float16 with products in bfloat16 (``torch.autocast``), where the
+            processor has instructions for that: several times faster, and as exact as a model in bfloat16 is.
         targets: run each block over the original model's hidden states too, before it is yielded: :meth:`Block.target`.
             Hidden states are kept twice then.
 
@@ -160,6 +173,7 @@ class Walk:
         memory: int = 1 << 30,
         folder: str | os.PathLike[str] | None = None,
         check: bool = True,
+        autocast: bool = False,
         targets: bool = False,
     ):
         self.targets = targets
@@ -179,6 +193,7 @@ class Walk:
         except BaseException:
             self._close()
             raise
+        self.autocast = autocast and has_bfloat16() and _dtype_of(self.model) in (torch.float32, torch.float16)
         self.batch_number = 0  # of the batch that a block is running on, for hooks
         self.folder = None if folder is None else Path(folder)
         self._memory = memory
@@ -310,29 +325,35 @@ class Walk:
         written = self._store(block.number, original=True)
         for number, call_ in enumerate(self._calls[block.name]):
             args, kwargs = with_hidden(*call_, before[number])
-            written[number] = hidden_of(block.module(*args, **kwargs), block.name)
+            with self._computing():
+                written[number] = hidden_of(block.module(*args, **kwargs), block.name)
         if self._original is not None:
             self._original.close()
         self._original = written
 
     @torch.no_grad()
-    def _replay(self, block: Block, keep: bool) -> None:
+    def _replay(self, block: Block, keep: bool, until: tuple[nn.Module, ...]) -> None:
         if block.is_rest:
             for number, batch in enumerate(self.batches):
                 self.batch_number = number
-                with self._standing_in(len(self.source.stacks), number, {}):
+                with self._standing_in(len(self.source.stacks), number, {}), self._computing():
                     call(self.model, batch)
             return
         assert self._current is not None
         written = self._store(block.number) if keep else None
-        for number in range(len(self._calls[block.name])):
-            args, kwargs = self._arguments(block, number)
-            out = block.module(*args, **kwargs)
-            if written is not None:
-                written[number] = hidden_of(out, block.name)
+        with _Enough(until) as enough:
+            for number in range(len(self._calls[block.name])):
+                args, kwargs = self._arguments(block, number)
+                with self._computing(), enough.next():
+                    out = block.module(*args, **kwargs)
+                if written is not None:
+                    written[number] = hidden_of(out, block.name)
         if written is not None:
             self._current.close()
             self._current = written
+
+    def _computing(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
 
     def _capture(self, index: int) -> None:
         """Record what each block of a list is given, and the hidden states that enter its first."""
@@ -343,7 +364,7 @@ class Walk:
         self.source.load(names[:1])
         for number, batch in enumerate(self.batches):
             shared: dict[int, Tensor] = {}
-            with self._standing_in(index, number, shared), contextlib.suppress(_Stop):
+            with self._standing_in(index, number, shared), contextlib.suppress(_Stop), self._computing():
                 call(self.model, batch)
             for name in names:
                 if len(self._calls[name]) != number + 1:
@@ -392,8 +413,11 @@ class Walk:
             if first:
                 assert self._current is not None
                 self._current[number] = hidden.clone()  # the block may change it in place
-                out = plain(*args, **kwargs)
-                beside.append(out[1:] if isinstance(out, tuple) else None)
+                if number == 0 or self._beside[name] is not None:
+                    out = plain(*args, **kwargs)
+                    beside.append(out[1:] if isinstance(out, tuple) else None)
+                else:  # nothing that it returns is looked at
+                    beside.append(None)
             self._beside[name] = None if beside[0] is None else len(beside[0])
             if last:
                 raise _Stop
@@ -457,4 +481,42 @@ class Walk:
 
     def _identity(self) -> str:
         """Of the model's weights, its blocks, and the batches."""
-        return digest_of([self.source.weights_identity(), self._names, self.targets, *self.batches])
+        return digest_of([self.source.weights_identity(), self._names, self.targets, self.autocast, *self.batches])
+
+
+class _Enough:
+    """Ends forward passes when some layers have all been given their inputs, if each of them runs once in a pass."""
+
+    def __init__(self, layers: tuple[nn.Module, ...]):
+        self._layers = layers
+        self._runs: dict[int, int] = {}  # in this pass, by the layer's place
+        self._once = False
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Enough:
+        self._handles = [m.register_forward_pre_hook(self._counting(i)) for i, m in enumerate(self._layers)]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[None]:
+        """Around a pass; the first one runs to its end."""
+        self._runs = {}
+        with contextlib.suppress(_Stop):
+            yield
+            self._once = list(self._runs.values()) == [1] * len(self._layers)
+
+    def _counting(self, place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._runs[place] = self._runs.get(place, 0) + 1
+            if self._once and len(self._runs) == len(self._layers):
+                raise _Stop
+
+        return hook
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

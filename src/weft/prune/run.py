@@ -58,7 +58,7 @@ def prune_model(
     Returns:
         The folder; it loads in transformers as the model did.
     """
-    return rewrite(model, batches, config, output, recipe=_said(config), **options)
+    return rewrite(model, batches, config, output, recipe=_said(config), **{"autocast": True, **options})
 
 
 def _said(config: Any) -> dict[str, Any]:

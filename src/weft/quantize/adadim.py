@@ -35,7 +35,8 @@ from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Affine, Packed, Transposed
-from weft.quantize.gptq import GPTQ, Factor, gptq_codes, gptq_factor
+from weft.quantize.compensate import Factor
+from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.grid import Grid, fit_grid, quantize
 from weft.quantize.probe import Around, edited, in_float32, matrix_of
 

@@ -38,8 +38,9 @@ from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Affine
 from weft.quantize.clip import output_clip
+from weft.quantize.compensate import Factor
 from weft.quantize.folding import Fold, folds_of
-from weft.quantize.gptq import GPTQ, Factor, gptq_codes, gptq_factor
+from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.probe import Around, dtype_of, edited, in_float32, matrix_of
 from weft.quantize.rtn import RTN

@@ -31,25 +31,24 @@ Re-implemented from the equations (official code: Apache-2.0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from weft.calibrate import BlockTask, Change, Statistics
 from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
-from weft.packed import Affine, Packed
+from weft.packed import Affine
+from weft.quantize.compensate import Factor, change_with_factors, inverse_factor, round_blocks, round_columns
 from weft.quantize.grid import Grid, fit_grid, quantize
 from weft.quantize.rtn import RTN
 
 ORDERS = ("none", "static", "gar")
 GROUPS = ("static", "dynamic")
-_ROWS = 512  # at a time
 
 
 @dataclass(frozen=True)
@@ -105,25 +104,6 @@ class GPTQ(Grid, Change):
         )
 
 
-class Factor(NamedTuple):
-    """What GPTQ needs of a Gram matrix.
-
-    Attributes:
-        order: (in,) int64, the order of the columns.
-        upper: (in, in), U of the inverse, rows and columns in that order, computed in float64 and kept in the Gram matrix'
-            type (at least float32); None where no input was ever seen.
-        damping: λ, in the Gram matrix' units.
-        notes: what had to be done beside, in sentences.
-        diagonal: (in,) float64, of H in that order, with λ.
-    """
-
-    order: Tensor
-    upper: Tensor | None
-    damping: float
-    notes: tuple[str, ...]
-    diagonal: Tensor
-
-
 class Rounded(NamedTuple):
     """A layer after GPTQ.
 
@@ -134,20 +114,6 @@ class Rounded(NamedTuple):
     """
 
     codes: Affine
-    loss: Tensor
-    notes: tuple[str, ...]
-
-
-class Compensated(NamedTuple):
-    """A layer after a compensated loop.
-
-    Attributes:
-        packed: the packed weight.
-        loss: ½ tr(Δ H Δᵀ) with the damped Gram matrix H, 0-d float64.
-        notes: what had to be done beside, in sentences.
-    """
-
-    packed: Packed
     loss: Tensor
     notes: tuple[str, ...]
 
@@ -170,77 +136,6 @@ def gptq_factor(gram: Tensor, config: GPTQ) -> Factor:
     [[0.5, 0.0], [0.0, 1.0]]
     """
     return inverse_factor(gram, config.damping, lambda diagonal: _order(diagonal, config))
-
-
-def inverse_factor(gram: Tensor, damping: float, order_of: Callable[[Tensor], Tensor]) -> Factor:
-    """:func:`gptq_factor` for columns in any order, which is made of the Gram matrix' diagonal.
-
-    >>> inverse_factor(torch.diag(torch.tensor([1.0, 4.0])), 0.0, torch.argsort).order.tolist()
-    [0, 1]
-    """
-    if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not gram.numel() or not gram.is_floating_point():
-        raise RecipeError(f"GPTQ needs a Gram matrix (in, in) of numbers, got {list(gram.shape)} {gram.dtype}.")
-    gram = gram.detach()
-    diagonal = gram.diagonal().to(torch.float64)
-    if not _is_gram(gram, diagonal):
-        raise RecipeError(
-            "GPTQ needs a Gram matrix Σ xᵀx: finite, symmetric, with no negative value on its diagonal and none larger than "
-            "the diagonal allows. The data or the statistics are damaged; gather them again."
-        )
-    order = order_of(diagonal)
-    notes: tuple[str, ...]
-    dead = diagonal == 0
-    if dead.all():
-        notes = ("no input was ever different from zero: rounded to nearest",)
-        return Factor(order, None, 0.0, notes, torch.ones_like(diagonal))
-    mean = float(diagonal[~dead].mean())
-    turned = order.flip(0)  # a Cholesky factor with both axes flipped is one of the other kind
-    h = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
-    for start in range(0, len(h), _ROWS):
-        rows = turned[start : start + _ROWS]
-        h[start : start + _ROWS] = (gram[rows][:, turned].double() + gram[:, rows].T[:, turned].double()) / 2
-    plain = torch.where(dead, mean, diagonal)[turned]
-    share = damping
-    notes = ()
-    while True:
-        h.diagonal().copy_(plain + share * mean)
-        lower, info = torch.linalg.cholesky_ex(h)
-        # a positive definite matrix whose factor overflows is as useless as one that is not
-        if not int(info) and all(bool(rows.isfinite().all()) for rows in lower.split(_ROWS)):
-            break
-        # ends at 10 · in at the latest: no eigenvalue is below minus the trace
-        share = max(10 * share, 1e-8)
-        notes = (f"not positive definite: damping {share:g} instead of {damping:g}",)
-    del h
-    return Factor(order, _inverse(lower, gram.dtype).flip(0, 1), share * mean, notes, (plain + share * mean).flip(0))
-
-
-def _is_gram(gram: Tensor, diagonal: Tensor) -> bool:
-    """Whether a matrix may be Σ xᵀx, looked at some rows at a time."""
-    if not diagonal.isfinite().all() or not bool((diagonal >= 0).all()):
-        return False
-    wide = torch.promote_types(gram.dtype, torch.float32)
-    sizes = diagonal.sqrt().to(wide)
-    for start in range(0, len(gram), _ROWS):
-        rows, mirrored = gram[start : start + _ROWS].to(wide), gram[:, start : start + _ROWS].T.to(wide)
-        limits = sizes[start : start + _ROWS, None] * sizes  # of Cauchy and Schwarz: none of Σ xᵀx is larger
-        if not rows.isfinite().all() or bool((rows.abs() > 1.001 * limits).any()):
-            return False
-        if bool(((rows - mirrored).abs() > 1e-3 * limits).any()):
-            return False
-    return True
-
-
-def _inverse(lower: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of a lower triangular matrix, in at least float32, by blocks of columns: those above them are zero."""
-    size = len(lower)
-    made = torch.zeros(size, size, dtype=torch.promote_types(dtype, torch.float32), device=lower.device)
-    for start in range(0, size, _ROWS):
-        stop = min(start + _ROWS, size)
-        unit = torch.zeros(size - start, stop - start, dtype=lower.dtype, device=lower.device)
-        unit.diagonal().fill_(1)
-        made[start:, start:stop] = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
-    return made
 
 
 def gptq_codes(
@@ -299,107 +194,34 @@ def gptq_codes(
     made = torch.empty_like(w, dtype=torch.int16)
     scales, zeros = (t.T.to(w.dtype).contiguous() for t in (scale, zero))  # (groups, out)
 
-    def round_column(j: int) -> Tensor:
-        group = groups[j]
+    def fit_group(j: int) -> None:
         if config.groups == "dynamic" and j % size == 0:
             fitted = fit_grid(w[j : j + size].T, replace(config, group_size=0))
+            group = groups[j]
             scale[:, group], zero[:, group] = fitted[0][:, 0], fitted[1][:, 0]
             scales[group], zeros[group] = scale[:, group].to(w.dtype), zero[:, group].to(w.dtype)
-        s, z = scales[group], zeros[group]
+
+    def round_column(j: int) -> Tensor:
+        fit_group(j)
+        s, z = scales[groups[j]], zeros[groups[j]]
         code = (w[j] / s).round_().add_(z).clamp_(low, high)
         made[j] = code
         return code.sub_(z).mul_(s)
 
-    loss = round_columns(w, upper, _blocks(len(order), config), round_column)
+    def round_block(start: int, stop: int) -> Tensor:
+        from weft.kernels.compensate import round_to_grid
+
+        fit_group(start)
+        errors = torch.empty_like(w[start:stop])
+        grids = scales.numpy(), zeros.numpy(), np.asarray(groups[start:stop])
+        round_to_grid(w.numpy(), upper.numpy(), *grids, made.numpy(), errors.numpy(), start, low, high)
+        return errors
+
+    blocks = _blocks(len(order), config)
+    on_cpu = w.device.type == "cpu"
+    loss = round_blocks(w, upper, blocks, round_block) if on_cpu else round_columns(w, upper, blocks, round_column)
     codes = Affine(made[order.argsort()].T.contiguous(), scale, zero, config.bits, low)
     return Rounded(codes, loss, held.notes)
-
-
-def round_columns(
-    w: Tensor, upper: Tensor, blocks: Iterable[tuple[int, int]], round_column: Callable[[int], Tensor]
-) -> Tensor:
-    """The loop of GPTQ for any way to round a column.
-
-    Args:
-        w: (in, out), the columns of the weight as rows, in their order; those still to come are changed in place.
-        upper: (in, in), U of the inverse, in that order and of the type of ``w``.
-        blocks: where blocks of columns start and stop; columns beyond a block are updated when it ends.
-        round_column: given j, the values (out,) that column ``w[j]`` becomes.
-
-    Returns:
-        ½ tr(Δ H Δᵀ), 0-d float64.
-
-    Source: arXiv:2210.17323, algorithm 1.
-
-    >>> w = torch.tensor([[0.25], [1.5]])
-    >>> loss = round_columns(w, torch.tensor([[2.0, 1.0], [0.0, 1.0]]), [(0, 2)], lambda j: w[j].round())
-    >>> w.flatten().tolist()  # 0.25 was rounded to 0, and half of that came off 1.5
-    [0.25, 1.375]
-    """
-    loss = torch.zeros((), dtype=torch.float64, device=w.device)
-    for start, stop in blocks:
-        errors = torch.empty_like(w[start:stop])
-        for i, j in enumerate(range(start, stop)):
-            errors[i] = (w[j] - round_column(j)) / upper[j, j]
-            w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[i], alpha=-1)
-        w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-        loss += errors.to(torch.float64).square().sum() / 2
-    return loss
-
-
-def column_factor(gram: Tensor, damping: float, columns: int = 1) -> Factor:
-    """The factor of a Gram matrix with columns in falling order of its diagonal.
-
-    Args:
-        gram: (in, in), or (groups, in, in), of which the sum is taken.
-        damping: λ as a share of the mean of the diagonal.
-        columns: neighbours that stay together; sets are ordered by the sums of their diagonals.
-
-    Raises:
-        RecipeError: it is no Gram matrix.
-
-    >>> column_factor(torch.diag(torch.tensor([1.0, 4.0, 2.0])), 0.0).order.tolist()
-    [1, 2, 0]
-    """
-
-    def order(diagonal: Tensor) -> Tensor:
-        sets = functional.pad(diagonal, (0, -len(diagonal) % columns)).unflatten(0, (-1, columns))
-        first = sets.sum(1).argsort(descending=True, stable=True) * columns
-        every = (first[:, None] + torch.arange(columns, device=first.device)).flatten()
-        return every[every < len(diagonal)]
-
-    return inverse_factor(gram.sum(0) if gram.dim() == 3 else gram, damping, order)
-
-
-def change_with_factors(
-    task: BlockTask,
-    change: Change,
-    factor_of: Callable[[Tensor], Factor],
-    rounded_of: Callable[[str, Tensor, Tensor | Factor], Compensated | Rounded],
-) -> None:
-    """Change a block's layers one by one where those with equal inputs share the factor of their Gram matrix.
-
-    Args:
-        task: the block.
-        change: what is done, for its :meth:`~weft.calibrate.Change.without_data`.
-        factor_of: the factor of a Gram matrix (in, in).
-        rounded_of: a layer's packed weight, loss and notes, of its name, its matrix and the factor, or the Gram matrices
-            (groups, in, in) of a convolution with groups.
-    """
-    last: dict[str, Factor] = {}  # such layers follow one another
-    for name in task.layers:
-        with task.attempt(name):
-            instead = task.instead(name, change)
-            if instead is not change:
-                task.put(name, instead.fit(name, task.weight(name), task.statistics))
-                continue
-            gram = task.statistics.gram(name)
-            leader = task.statistics.shared(name)[0]
-            if gram.dim() == 2 and leader not in last:
-                last = {leader: factor_of(gram)}
-            packed, loss, notes = rounded_of(name, task.weight(name), last.get(leader, gram))
-            task.put(name, packed)
-            task.note(name, loss=float(loss), **({"notes": list(notes)} if notes else {}))
 
 
 def _order(diagonal: Tensor, config: GPTQ) -> Tensor:

@@ -106,6 +106,7 @@ def quantize_model(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     check: bool = True,
+    autocast: bool = True,
     progress: Progress | None = None,
     timings: dict[str, float] | None = None,
 ) -> Path:
@@ -122,7 +123,7 @@ def quantize_model(
         batches: calibration data.
         format: of the files (:data:`weft.packed.formats.FORMATS`); ``auto``: the one that most programs load and that says
             what the configuration makes; ``dense``: the model's own type, with weights that are the quantised values.
-        recipe, shard_bytes, force, check, progress: see :func:`weft.calibrate.rewrite`.
+        recipe, shard_bytes, force, check, autocast, progress: see :func:`weft.calibrate.rewrite`.
         timings: receives the seconds of each layer.
 
     Returns:
@@ -137,7 +138,8 @@ def quantize_model(
     if format == DENSE:
         return rewrite(
             model, batches, config, output, where=where, statistics=statistics, recipe=recipe, seed=seed,
-            skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check, progress=progress,
+            skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check, autocast=autocast,
+            progress=progress,
         )  # fmt: skip
     checkpoint = open_checkpoint(model)
     try:
@@ -150,7 +152,7 @@ def quantize_model(
         return write_blocks(
             checkpoint, batches, config, output, files, what=(), where=where, statistics=statistics, recipe=recipe,
             seed=seed, skip_errors=skip_errors, memory=memory, shard_bytes=shard_bytes, force=force, check=check,
-            progress=progress, timings=timings,
+            autocast=autocast, progress=progress, timings=timings,
         )  # fmt: skip
     finally:
         if checkpoint is not model:

@@ -46,7 +46,7 @@ from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Binary
-from weft.quantize.gptq import Compensated, Factor, change_with_factors, column_factor, round_columns
+from weft.quantize.compensate import Compensated, Factor, change_with_factors, column_factor, round_columns
 from weft.quantize.grid import checked
 
 BLOCKS = ("column", "tile")

@@ -30,6 +30,7 @@ from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import LowRank, Minifloat, Packed
 from weft.packed.forms import minifloat_levels
+from weft.quantize.compensate import round_columns
 from weft.quantize.floating_point import (
     INPUTS,
     KINDS,
@@ -39,7 +40,7 @@ from weft.quantize.floating_point import (
     nearest_codes,
     with_inputs,
 )
-from weft.quantize.gptq import GPTQ, gptq_factor, round_columns
+from weft.quantize.gptq import GPTQ, gptq_factor
 from weft.quantize.low_rank_patch import low_rank_patch
 
 PATCHES = ("gram", "plain")
