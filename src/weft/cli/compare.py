@@ -13,6 +13,7 @@ from torch import Tensor
 from weft.calibrate import Change
 from weft.calibrate.data import SELF, DataOptions
 from weft.checkpoint.open import open_checkpoint
+from weft.cli.arguments import list_of
 from weft.cli.calibrate import read_for
 from weft.engine.progress import Progress
 from weft.errors import RecipeError, did_you_mean
@@ -58,8 +59,8 @@ def compare_command(
     """
     if plot and Path(plot).suffix not in (".png", ".html"):
         raise RecipeError(f"--plot writes a .png or an .html, not {plot}.")
-    candidates = candidates_of(names.split(","), _numbers(bits, "--bits"), group_size)
-    targets = _numbers(mixed, "--mixed") if mixed else []
+    candidates = candidates_of(names.split(","), list_of(float, bits, "--bits", "numbers", "4,3"), group_size)
+    targets = list_of(float, mixed, "--mixed", "numbers", "4,3") if mixed else []
     with closing(open_checkpoint(model)) as checkpoint:
         batches = read_for(checkpoint, data, options, [], progress)
         if held_out:
@@ -145,10 +146,3 @@ def compare_text(found: dict[str, Any]) -> str:
     scores = ", ".join(f"{k} {v:.4g}" for k, v in original["scores"].items() if k in ("perplexity", "accuracy"))
     head = f"original: {quantity(original['bytes'], 'B')}{', ' + scores if scores else ''}"
     return "\n\n".join([head, text_table(comparison_columns(found), found["rows"], terminal_width()), found["verdict"]])
-
-
-def _numbers(text: str, option: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"{option}: {text!r} is no list of numbers; write them like 4,3.") from None
