@@ -26,7 +26,6 @@ ALLOWED = {
     ("papers", "registry"): "status is computed from the committed method index",
     ("method", "merge"): "an example in a docstring",
     ("checkpoint", "adapt"): "a folder of weft's own holds functions, which that family turns into factors",
-    ("quantize", "view"): "a report is written as numbers and as a page",
     ("adapt", "registry"): "a folder names methods by their ids, which are looked up when it is written or read",
 }
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -20,8 +20,9 @@ from weft.errors import RecipeError, did_you_mean
 from weft.function.quantizer import QuantizeMethod
 from weft.quantize.compare import compare_methods
 from weft.registry import method, methods
-from weft.view.evidence import comparison_columns, comparison_png
+from weft.view.evidence import COMPARISON_FILE, comparison_columns, comparison_page, comparison_png
 from weft.view.tables import quantity, terminal_width, text_table
+from weft.view.write import write_page
 
 
 def compare_command(
@@ -73,12 +74,11 @@ def compare_command(
             checkpoint, candidates, batches, others, output, mixed=targets, tolerance=tolerance, budget=budget,
             sequential=sequential, keep=keep, memory=memory, force=force, progress=progress,
         )  # fmt: skip
+    write_page(Path(output).expanduser() / COMPARISON_FILE, comparison_page(found))
     if plot.endswith(".png"):
         comparison_png(found, plot)
     elif plot:
-        from weft.view.evidence import comparison_page
-
-        Path(plot).write_text(comparison_page(found), encoding="utf-8")
+        write_page(plot, comparison_page(found))
     return found
 
 

@@ -21,6 +21,8 @@ from weft.cli.quantized import file_bytes, read_samples, score_lines
 from weft.cli.show import size
 from weft.engine.progress import Progress
 from weft.errors import RecipeError
+from weft.view.evidence import REPORT_FILE, report_page
+from weft.view.write import write_page
 
 Batches = list[dict[str, Tensor]]
 
@@ -104,7 +106,8 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
             "after": evaluate(made, held_out, request.model, progress=progress),
         }
         facts["scores"] = {**scores["after"], **{f"original_{k}": v for k, v in scores["before"].items()}}
-    write_report(made, before=before, seconds=seconds, layer_seconds=timings, peak_memory=peak, scores=scores)
+    report = write_report(made, before=before, seconds=seconds, layer_seconds=timings, peak_memory=peak, scores=scores)
+    write_page(made / REPORT_FILE, report_page(report))
     return json.dumps(facts) if as_json else _text(facts)
 
 
@@ -255,7 +258,7 @@ def _text(facts: dict[str, Any]) -> str:
     lines = [
         f"wrote {facts['output']}: {facts['layers']} layers by {facts['method']}, {size(facts['bytes'])} "
         f"({ratio:.2f} times smaller) in {facts['seconds']:.1f} s, at most {size(facts['memory_peak'])} of memory",
-        f"evidence: {Path(facts['output']) / 'report.html'}",
+        f"evidence: {Path(facts['output']) / REPORT_FILE}",
     ]
     lines += score_lines(facts.get("scores", {}))
     if facts["failed"]:
