@@ -1,6 +1,7 @@
 """Rules of the house: what may import what, and what every file keeps."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -123,6 +124,20 @@ def test_nothing_is_of_one_machine() -> None:
 )  # fmt: skip
 def test_what_is_of_one_machine(parts: list[str], bad: bool) -> None:
     assert bool(of_one_machine("".join(parts))) is bad
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("packed.form", "Packed"), ("packed.formats.format", "Format"), ("function.protocol", "WeightFunction"),
+        ("quantize.soft", "Soft"), ("quantize.reconstruct", "Reconstruction"), ("checkpoint.computed", "RowBlocks"),
+    ],
+)  # fmt: skip
+def test_a_base_says_what_is_missing(module: str, name: str) -> None:
+    base = getattr(importlib.import_module(f"weft.{module}"), name)
+    incomplete = type(f"Incomplete{name}", (base,), {})
+    with pytest.raises(TypeError, match="abstract method"):
+        incomplete()
 
 
 def test_importing_weft_is_light() -> None:
