@@ -29,8 +29,10 @@ Looked = Callable[[Gather], Tensor]
 
 
 class WeightFunction(nn.Module, ABC):
-    """Base of all weight functions. Subclasses define ``forward``, and of the other methods those whose ``has_…`` they set;
-    these are not abstract, since a function that does not set it has none.
+    """Base of all weight functions.
+
+    Subclasses define ``forward``. The other methods go with a ``has_…`` each, and a function that does not set it leaves
+    them out; so they are not abstract.
 
     Shapes are those of a matrix as ``nn.Linear`` stores it, (out, in), with any further axes of a convolution behind
     (out, in, …), or a stack of matrices (experts, out, in) where ``batched`` is true; :mod:`weft.function.layout` turns
