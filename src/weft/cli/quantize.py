@@ -133,7 +133,7 @@ def configuration(request: Request) -> tuple[dict[str, Any], Change, str]:
         raise RecipeError("Say how: --method awq --bits 4 --data texts.jsonl, or --scheme W8A16, which needs no data.")
     row = find_method(name)
     if row.family != "quantize":
-        raise RecipeError(f"{name} does not quantise ({row.family}); `weft methods quantize` lists what does.")
+        raise RecipeError(f"{name} does not quantise ({row.family}); `weft methods shrink` lists what does.")
     config = row.configure(values)
     packs = file_format in ("auto", "pack-quantized") and getattr(config, "file_format", "") == "pack-quantized"
     if packs and "kind" not in values and "kind" in row.parameters and "symmetric" in row.parameters["kind"].choices:

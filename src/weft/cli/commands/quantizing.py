@@ -22,7 +22,7 @@ from weft.cli.options import (
 from weft.errors import RecipeError
 
 Backend = Annotated[
-    str, typer.Option("--backend", help="How packed layers multiply: auto, dequantize, int4, int8, integer.")
+    str, typer.Option("--backend", help="How packed layers multiply: auto, dequantize, int4, int8, integer, triton.")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows a batch.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Texts one after another, without padding.")]
@@ -32,7 +32,7 @@ def quantize(
     model: Annotated[list[str], typer.Argument(help="Folder or Hub id of a transformers model.")],
     output: OutputFolder,
     method: Annotated[
-        str, typer.Option("--method", "-m", help="A quantiser's id; `weft methods quantize` lists them.")
+        str, typer.Option("--method", "-m", help="A quantiser's id; `weft methods shrink` lists them.")
     ] = "",
     scheme: Annotated[
         str, typer.Option("--scheme", help="A scheme's name as vLLM knows it: W4A16, W8A16, W8A8, FP8_DYNAMIC, …")
