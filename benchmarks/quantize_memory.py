@@ -16,29 +16,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 from llama_shaped import write_model
+from resident import Memory
 
 RESULTS = Path(__file__).with_name("results") / "quantize_memory.json"
 BATCHES, TOKENS = 8, 128
 KINDS = ("rtn", "gptq")
-
-
-class Memory(threading.Thread):
-    """The largest resident memory without pages of files, looked at every 20 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = 0
-
-    def run(self) -> None:
-        while True:
-            lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            self.peak = max(self.peak, sum(int(lines[k].split()[0]) * 1024 for k in ("RssAnon", "RssShmem")))
-            time.sleep(0.02)
 
 
 def measure(model: Path, kind: str, output: Path) -> dict[str, float]:

@@ -13,28 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+
+from resident import Memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results") / "walk.json"
 BATCHES, TOKENS = 2, 64
 KINDS = ("walk", "gram", "gram written")  # nothing gathered; gathered and forgotten; gathered and kept in a folder
-
-
-class Memory(threading.Thread):
-    """The largest resident memory without pages of files, looked at every 20 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = 0
-
-    def run(self) -> None:
-        while True:
-            lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            self.peak = max(self.peak, sum(int(lines[k].split()[0]) * 1024 for k in ("RssAnon", "RssShmem")))
-            time.sleep(0.02)
 
 
 def measure(model: Path, kind: str, output: Path) -> dict[str, float]:

@@ -571,7 +571,7 @@ def test_outputs_are_whole_or_not_there(
         with pytest.raises(OutputError, match="no room for"):
             write_gguf(tmp_path / "model", output)
     with monkeypatch.context() as patch:
-        patch.setattr("weft.engine.gguf.encode_blocks", lambda *_: np.zeros((1, 1), np.uint8))
+        patch.setattr("weft.engine.gguf_tensors.encode_blocks", lambda *_: np.zeros((1, 1), np.uint8))
         with pytest.raises(OutputError, match="bytes were made"):
             write_gguf(tmp_path / "model", output)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
@@ -604,7 +604,7 @@ def test_nan_is_refused_by_name(tmp_path: Path) -> None:
 def test_pieces_do_not_change_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("llama", tmp_path / "model")
     whole = write_gguf(tmp_path / "model", tmp_path / "whole.gguf", kind="q4_0").output.read_bytes()
-    monkeypatch.setattr("weft.engine.gguf.PIECE", 1000)
+    monkeypatch.setattr("weft.engine.gguf_tensors.PIECE", 1000)
     assert write_gguf(tmp_path / "model", tmp_path / "pieces.gguf", kind="q4_0").output.read_bytes() == whole
 
 

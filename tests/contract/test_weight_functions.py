@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weft.contract import adapters, functions, run_battery
+from weft.contract import adapters, functions, run_battery, surroundings
 from weft.contract.pair import HOW
 from weft.function import FunctionMethod, WeightFunction
 from weft.function.protocol import Inner
@@ -16,6 +16,7 @@ from weft.registry import methods
 
 NUMBER_OF_CHECKS = 31
 NUMBER_OF_ADAPTER_CHECKS = 10  # beside these
+CHECKS = functions.CHECKS | surroundings.CHECKS
 ROWS = sorted(name for name, row in methods().items() if isinstance(row, FunctionMethod))
 
 
@@ -32,10 +33,10 @@ def test_there_are_rows() -> None:
 
 
 def test_exceptions_are_of_checks_and_rows_that_there_are() -> None:
-    assert functions.EXPECTED.keys() <= functions.CHECKS.keys() | adapters.CHECKS.keys()
+    assert functions.EXPECTED.keys() <= CHECKS.keys() | adapters.CHECKS.keys()
     assert {row for rows in functions.EXPECTED.values() for row in rows} <= set(ROWS)
-    assert functions.EXPECTED_WAYS.keys() <= set(ROWS)
-    assert {way for ways, _ in functions.EXPECTED_WAYS.values() for way in ways} < set(HOW)
+    assert surroundings.EXPECTED_WAYS.keys() <= set(ROWS)
+    assert {way for ways, _ in surroundings.EXPECTED_WAYS.values() for way in ways} < set(HOW)
 
 
 class Good(WeightFunction):
@@ -242,22 +243,23 @@ def row(number: int) -> FunctionMethod:
 
 @pytest.mark.parametrize("number", range(1, len(BROKEN) + 1), ids=lambda n: [Good, *BROKEN][n].__name__)
 def test_a_broken_promise_is_noticed(number: int) -> None:
-    check = functions.CHECKS[BROKEN[[Good, *BROKEN][number]]]
+    check = CHECKS[BROKEN[[Good, *BROKEN][number]]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         with pytest.raises(Exception):  # noqa: B017  what a check raises, the battery reports
             check(row(number))
 
 
-@pytest.mark.parametrize("check", [c for n, c in functions.CHECKS.items() if n != "distributed training"])
+@pytest.mark.parametrize("check", [c for n, c in CHECKS.items() if n != "distributed training"])
 def test_a_good_one_passes(check: Callable[[FunctionMethod], None]) -> None:
     check(row(0))
 
 
 def test_failures_are_reported_with_their_reason() -> None:
-    few = {n: functions.CHECKS[n] for n in ("documented start", "pickle", "documented")}
+    few = {n: CHECKS[n] for n in ("documented start", "pickle", "documented")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functions, "CHECKS", few)
+        patch.setattr(surroundings, "CHECKS", {})
         number = 1 + list(BROKEN).index(HoldsALambda)
         results = {r["check"]: r for r in functions.run(row(number))}
         assert results["documented start"]["outcome"] == "passed"

@@ -47,7 +47,7 @@ class Change:
     file_format: ClassVar[str] = "weft"
 
     def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Result:
-        """What becomes of one layer.
+        """What becomes of one layer. Not abstract: what overrides :meth:`change_block` may have no use for it.
 
         Args:
             name: the layer's full name.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class Scratch(threading.local):
         return buffer[:nbytes]
 
 
-class RowBlocks:
+class RowBlocks(ABC):
     """A float32 tensor as a source of bytes: ``base``, changed by :meth:`_change` in blocks of whole rows."""
 
     def __init__(self, base: LazyTensor, scratch: Scratch):
@@ -57,12 +58,12 @@ class RowBlocks:
         self._block_rows = max(1, BLOCK // max(self.columns, 1))
         self._scratch = scratch
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
         """What is needed before the first block."""
 
+    @abstractmethod
     def _change(self, values: np.ndarray, first: int) -> None:
         """Turn ``values``, (rows, columns) of the base from row ``first`` on, into those of this tensor."""
-        raise NotImplementedError
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """See :class:`weft.checkpoint.files.ByteSource`."""

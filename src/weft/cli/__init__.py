@@ -1,1 +1,1 @@
-"""The command line. Start at :mod:`weft.cli.app`; it imports what a command needs only when the command runs."""
+"""The command line. Start at :mod:`weft.cli.app`, the table of commands; each imports what it needs when it runs."""

@@ -13,14 +13,16 @@ from torch import Tensor
 from weft.calibrate import Change
 from weft.calibrate.data import SELF, DataOptions
 from weft.checkpoint.open import open_checkpoint
+from weft.cli.arguments import list_of
 from weft.cli.calibrate import read_for
 from weft.engine.progress import Progress
 from weft.errors import RecipeError, did_you_mean
 from weft.function.quantizer import QuantizeMethod
 from weft.quantize.compare import compare_methods
 from weft.registry import method, methods
-from weft.view.evidence import comparison_columns, comparison_png
+from weft.view.evidence import COMPARISON_FILE, comparison_columns, comparison_page, comparison_png
 from weft.view.tables import quantity, terminal_width, text_table
+from weft.view.write import write_page
 
 
 def compare_command(
@@ -58,8 +60,8 @@ def compare_command(
     """
     if plot and Path(plot).suffix not in (".png", ".html"):
         raise RecipeError(f"--plot writes a .png or an .html, not {plot}.")
-    candidates = candidates_of(names.split(","), _numbers(bits, "--bits"), group_size)
-    targets = _numbers(mixed, "--mixed") if mixed else []
+    candidates = candidates_of(names.split(","), list_of(float, bits, "--bits", "numbers", "4,3"), group_size)
+    targets = list_of(float, mixed, "--mixed", "numbers", "4,3") if mixed else []
     with closing(open_checkpoint(model)) as checkpoint:
         batches = read_for(checkpoint, data, options, [], progress)
         if held_out:
@@ -72,12 +74,11 @@ def compare_command(
             checkpoint, candidates, batches, others, output, mixed=targets, tolerance=tolerance, budget=budget,
             sequential=sequential, keep=keep, memory=memory, force=force, progress=progress,
         )  # fmt: skip
+    write_page(Path(output).expanduser() / COMPARISON_FILE, comparison_page(found))
     if plot.endswith(".png"):
         comparison_png(found, plot)
     elif plot:
-        from weft.view.evidence import comparison_page
-
-        Path(plot).write_text(comparison_page(found), encoding="utf-8")
+        write_page(plot, comparison_page(found))
     return found
 
 
@@ -145,10 +146,3 @@ def compare_text(found: dict[str, Any]) -> str:
     scores = ", ".join(f"{k} {v:.4g}" for k, v in original["scores"].items() if k in ("perplexity", "accuracy"))
     head = f"original: {quantity(original['bytes'], 'B')}{', ' + scores if scores else ''}"
     return "\n\n".join([head, text_table(comparison_columns(found), found["rows"], terminal_width()), found["verdict"]])
-
-
-def _numbers(text: str, option: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"{option}: {text!r} is no list of numbers; write them like 4,3.") from None

@@ -23,6 +23,11 @@ _OPTIONAL = {
     "scikit-learn": "weft[science]",
     "scipy": "weft[science]",
     "matplotlib": "weft[science]",
+    "compressed-tensors": "weft[quantize]",
+    "gguf": "weft[quantize]",
+    "bitsandbytes": "weft[quantize]",
+    "accelerate": "weft[quantize]",
+    "triton": "weft[triton]",
 }
 
 

@@ -1,4 +1,4 @@
-"""``weft quantize``, ``eval``, ``check`` and ``generate``: what the commands do."""
+"""``weft quantize``: what the command does."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from weft.calibrate.data import SELF, DataOptions
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.open import open_checkpoint
 from weft.cli.calibrate import read_for
+from weft.cli.quantized import file_bytes, read_samples, score_lines
 from weft.cli.show import size
 from weft.engine.progress import Progress
 from weft.errors import RecipeError
+from weft.view.evidence import REPORT_FILE, report_page
+from weft.view.write import write_page
 
 Batches = list[dict[str, Tensor]]
 
@@ -97,13 +100,14 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
     facts = _facts(made, before, recipe, seconds, peak, plan)
     scores: dict[str, dict[str, float]] = {}
     if request.evaluate:
-        held_out = _read(request.model, request.evaluate, request.options, progress)
+        held_out = read_samples(request.model, request.evaluate, request.options, progress)
         scores = {
             "before": evaluate(request.model, held_out, progress=progress),
             "after": evaluate(made, held_out, request.model, progress=progress),
         }
         facts["scores"] = {**scores["after"], **{f"original_{k}": v for k, v in scores["before"].items()}}
-    write_report(made, before=before, seconds=seconds, layer_seconds=timings, peak_memory=peak, scores=scores)
+    report = write_report(made, before=before, seconds=seconds, layer_seconds=timings, peak_memory=peak, scores=scores)
+    write_page(made / REPORT_FILE, report_page(report))
     return json.dumps(facts) if as_json else _text(facts)
 
 
@@ -129,128 +133,12 @@ def configuration(request: Request) -> tuple[dict[str, Any], Change, str]:
         raise RecipeError("Say how: --method awq --bits 4 --data texts.jsonl, or --scheme W8A16, which needs no data.")
     row = find_method(name)
     if row.family != "quantize":
-        raise RecipeError(f"{name} does not quantise ({row.family}); `weft methods quantize` lists what does.")
+        raise RecipeError(f"{name} does not quantise ({row.family}); `weft methods shrink` lists what does.")
     config = row.configure(values)
     packs = file_format in ("auto", "pack-quantized") and getattr(config, "file_format", "") == "pack-quantized"
     if packs and "kind" not in values and "kind" in row.parameters and "symmetric" in row.parameters["kind"].choices:
         config = row.configure({**values, "kind": "symmetric"})  # which every program loads
     return {"method": name, "parameters": asdict(config), "scheme": request.scheme}, config, file_format
-
-
-def evaluate_command(
-    model: str,
-    data: str,
-    against: str,
-    options: DataOptions,
-    *,
-    backend: str,
-    limit: int,
-    as_json: bool,
-    progress: Progress,
-) -> str:
-    """What ``weft eval`` prints."""
-    from weft.quantize.evaluate import evaluate
-
-    batches = _read(model, data, options, progress)
-    facts: dict[str, Any] = evaluate(model, batches, against or None, backend=backend, progress=progress)
-    facts["bytes"] = _file_bytes(model)
-    if against:
-        facts["bytes_against"] = _file_bytes(against)
-        facts["layers"] = layer_errors(model, against)
-    if as_json:
-        return json.dumps(facts)
-    lines = [f"{_LABELS[k]:22} {_number(k, v)}" for k, v in facts.items() if k in _LABELS]
-    if against and limit:
-        worst = sorted(facts["layers"].items(), key=lambda item: -item[1])[:limit]
-        lines += ["", f"error of weights, worst {len(worst)} of {len(facts['layers'])}"]
-        lines += [f"  {error:8.4f}  {name}" for name, error in worst]
-    return "\n".join(lines)
-
-
-def layer_errors(model: str, against: str) -> dict[str, float]:
-    """‖Ŵ − W‖ / ‖W‖ of every tensor that differs, one at a time in memory."""
-    found = {}
-    with closing(open_checkpoint(model)) as mine, closing(open_checkpoint(against)) as theirs:
-        for name, tensor in mine.items():
-            if name not in theirs or theirs[name].shape != tensor.shape or not tensor.dtype.floating:
-                continue
-            before = theirs[name].torch().double()
-            error, norm = float((tensor.torch().double() - before).norm()), float(before.norm())
-            if error:
-                found[name] = error / norm if norm else error
-    return found
-
-
-def check_command(model: str, target: str, tensor_parallel: int, *, as_json: bool) -> tuple[str, bool]:
-    """What ``weft check`` prints, and whether the model will load."""
-    from weft.quantize.serving import check_serving
-
-    with closing(open_checkpoint(model)) as checkpoint:
-        findings = check_serving(checkpoint, target, tensor_parallel)
-    fine = not any(f.level == "error" for f in findings)
-    if as_json:
-        facts = [{"level": f.level, "text": f.text, "layers": list(f.layers)} for f in findings]
-        return json.dumps({"loads": fine, "findings": facts}, indent=1), fine
-    lines = [
-        f"{f.level:8} {f.text}" + (f"\n{'':9}{', '.join(f.layers[:5])}{' …' * (len(f.layers) > 5)}" if f.layers else "")
-        for f in findings
-    ]
-    return "\n".join([*lines, f"{target} {'loads this model' if fine else 'will not load this model'}"]), fine
-
-
-def generate_command(
-    model: str, prompt: str, *, tokens: int, temperature: float, seed: int, dtype: str, backend: str, as_json: bool,
-    progress: Progress,
-) -> None:  # fmt: skip
-    """Print the text as it is made."""
-    import torch
-
-    from weft.calibrate.data import load_tokenizer
-    from weft.checkpoint.dtypes import dtype_of
-    from weft.quantize.load import load_quantized
-
-    with closing(open_checkpoint(model)) as checkpoint:
-        tokenizer = load_tokenizer(checkpoint.folder or Path())
-        network = load_quantized(checkpoint, backend=backend, progress=progress)
-    progress.finish()
-    if not hasattr(network, "generate") or not network.can_generate():
-        raise RecipeError(f"{model}: {type(network).__name__} does not write text; give a causal language model.")
-    if dtype:
-        network.to(getattr(torch, dtype_of(dtype).torch))
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    if not ids.numel():
-        raise RecipeError("The prompt is empty; give the text that is to be written on.")
-    torch.manual_seed(seed)
-    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_k": 0}
-    if tokenizer.pad_token_id is not None or tokenizer.eos_token_id is not None:
-        options["pad_token_id"] = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
-    streamer = None
-    if not as_json:
-        from transformers import TextStreamer
-
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    began = time.perf_counter()
-    made = network.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)[0]
-    seconds = time.perf_counter() - began
-    new = len(made) - ids.shape[1]
-    if as_json:
-        text = tokenizer.decode(made, skip_special_tokens=True)
-        print(
-            json.dumps(
-                {
-                    "text": text,
-                    "tokens": new,
-                    "seconds": round(seconds, 3),
-                    "tokens_per_second": round(new / seconds, 2),
-                }
-            )
-        )
-    else:
-        print(f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} a second", file=sys.stderr)
 
 
 def _changes(config: Any) -> list[Change]:
@@ -358,7 +246,7 @@ def _facts(
         "failed": {n: f["failed"] for n, f in layers.items() if "failed" in f},
         "bits_per_weight": round(sum(packed) / len(packed), 3) if packed else None,
         "bytes_before": before,
-        "bytes": _file_bytes(str(made)),
+        "bytes": file_bytes(str(made)),
         "seconds": seconds,
         "memory_estimated": plan["memory"],
         "memory_peak": peak,
@@ -370,11 +258,9 @@ def _text(facts: dict[str, Any]) -> str:
     lines = [
         f"wrote {facts['output']}: {facts['layers']} layers by {facts['method']}, {size(facts['bytes'])} "
         f"({ratio:.2f} times smaller) in {facts['seconds']:.1f} s, at most {size(facts['memory_peak'])} of memory",
-        f"evidence: {Path(facts['output']) / 'report.html'}",
+        f"evidence: {Path(facts['output']) / REPORT_FILE}",
     ]
-    for key, value in facts.get("scores", {}).items():
-        if key in _LABELS:
-            lines.append(f"{_LABELS[key]:22} {_number(key, value)}")
+    lines += score_lines(facts.get("scores", {}))
     if facts["failed"]:
         lines.append(f"{len(facts['failed'])} layers failed and stay as they were; weft.json says why")
     return "\n".join(lines)
@@ -389,39 +275,3 @@ def _plan_text(facts: dict[str, Any]) -> str:
         "Nothing was written (dry run).",
     ]
     return "\n".join(lines)
-
-
-def _read(model: str, data: str, options: DataOptions, progress: Progress) -> Batches:
-    with closing(open_checkpoint(model)) as checkpoint:
-        return read_for(checkpoint, data, options, [], progress)
-
-
-def _file_bytes(model: str) -> int:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return sum(p.stat().st_size for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
-    if path.is_file():
-        return path.stat().st_size
-    with closing(open_checkpoint(model)) as checkpoint:
-        return checkpoint.nbytes
-
-
-_LABELS = {
-    "perplexity": "perplexity",
-    "original_perplexity": "  of the original",
-    "accuracy": "accuracy",
-    "kl": "KL to the original",
-    "top1_agreement": "same likeliest token",
-    "cosine_distance": "1 − cos",
-    "output_error": "error of outputs",
-    "tokens": "tokens",
-    "tokens_per_second": "tokens a second",
-    "bytes": "size",
-    "bytes_against": "  of the original",
-}
-
-
-def _number(key: str, value: float) -> str:
-    if key.startswith("bytes"):
-        return size(int(value))
-    return f"{value:,.0f}" if key == "tokens" else f"{value:.4g}"

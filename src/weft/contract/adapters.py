@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weft.adapt.attach import adapt_
 from weft.adapt.folder import load_adapter_, save_adapter
 from weft.adapt.switch import adapters, merge_, remove_, switch_, switched, train_only_, unmerge_
+from weft.contract.comparing import EXACT, near, trial_input
 from weft.contract.models import Net, batches, configuration, fill, shake, stack_of
 from weft.contract.outcome import adder
 from weft.errors import CheckpointError, OutputError, RecipeError
@@ -23,7 +24,6 @@ from weft.function.export import plain_state_dict
 from weft.function.protocol import FunctionMethod
 
 CHECKS: dict[str, Callable[[FunctionMethod], None]] = {}
-EXACT = 1e-12  # sums of at most 100 products of numbers near 1 in float64, in another order
 
 
 _check = adder(CHECKS)
@@ -44,18 +44,8 @@ def _functions(model: nn.Module) -> list[Adapter]:
     return list({id(f): f for fs in functions(model).values() for f in fs if isinstance(f, Adapter)}.values())
 
 
-def _x(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(6, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
-
-
 def _differ(first: Tensor, second: Tensor) -> bool:
     return bool((first - second).abs().max() > 1e-6)
-
-
-def _near(first: Tensor, second: Tensor, what: str, tolerance: float = EXACT) -> None:
-    error = float((first - second).detach().abs().max())
-    limit = tolerance * max(1.0, float(second.detach().abs().max()))
-    assert error <= limit, f"{what}: differs by {error:.3g}, more than {limit:.3g}"
 
 
 def _refused(work: Callable[[], Any], needed: str, what: str, kind: type[Exception] = RecipeError) -> None:
@@ -71,12 +61,12 @@ def _refused(work: Callable[[], Any], needed: str, what: str, kind: type[Excepti
 def _off(method: FunctionMethod) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         net, plain = _adapted(method, "a", dtype=dtype), Net(dtype).eval()
-        on = net(_x(dtype))
-        assert _differ(on.double(), plain(_x(dtype)).double()), "the adapter changes nothing"
+        on = net(trial_input(dtype))
+        assert _differ(on.double(), plain(trial_input(dtype)).double()), "the adapter changes nothing"
         with switched(net):
-            assert torch.equal(net(_x(dtype)), plain(_x(dtype))), "switched off, outputs are others"
+            assert torch.equal(net(trial_input(dtype)), plain(trial_input(dtype))), "switched off, outputs are others"
             assert torch.equal(net.blocks[0].up.weight, plain.blocks[0].up.weight), "switched off, weights are others"
-        assert torch.equal(net(_x(dtype)), on), "switched on again, outputs are others"
+        assert torch.equal(net(trial_input(dtype)), on), "switched on again, outputs are others"
 
 
 @_check("strength goes straight from the old weight to the new")
@@ -86,23 +76,27 @@ def _strength(method: FunctionMethod) -> None:
     new = layer.weight
     for strength in (0.0, 0.25, 2.0, -1.0):
         switch_(net, {"a": strength})
-        _near(layer.weight, old + strength * (new - old), f"the weight at {strength}")
-        _near(layer(_x()), nn.functional.linear(_x(), layer.weight, layer.bias), f"the product at {strength}")
+        near(layer.weight, old + strength * (new - old), f"the weight at {strength}")
+        near(
+            layer(trial_input()),
+            nn.functional.linear(trial_input(), layer.weight, layer.bias),
+            f"the product at {strength}",
+        )
     switch_(net, {"a": 1.0})
     assert torch.equal(layer.weight, new)
 
 
 @_check("two on one weight")
 def _two(method: FunctionMethod) -> None:
-    first = _adapted(method, "a")(_x())
+    first = _adapted(method, "a")(trial_input())
     net = _adapted(method, "a", "b")
-    both = net(_x())
+    both = net(trial_input())
     switch_(net, "a")
-    assert torch.equal(net(_x()), first), "the first alone is not what it was without the second"
+    assert torch.equal(net(trial_input()), first), "the first alone is not what it was without the second"
     switch_(net, ["b"])
-    assert _differ(net(_x()), first), "the second does nothing"
+    assert _differ(net(trial_input()), first), "the second does nothing"
     switch_(net, ("a", "b"))
-    assert torch.equal(net(_x()), both), "both together are not what they were"
+    assert torch.equal(net(trial_input()), both), "both together are not what they were"
     assert list(adapters(net)) == ["a", "b"]
     _refused(lambda: switch_(net, "c"), "a, b", "an unknown name")
     _refused(
@@ -114,21 +108,21 @@ def _two(method: FunctionMethod) -> None:
 def _merged(method: FunctionMethod) -> None:
     for dtype, tolerance in ((torch.float64, EXACT), (torch.bfloat16, 2**-4)):
         net = _adapted(method, "a", "b", dtype=dtype)
-        y, state = net(_x(dtype)), {n: t.clone() for n, t in net.state_dict().items()}
+        y, state = net(trial_input(dtype)), {n: t.clone() for n, t in net.state_dict().items()}
         exported = plain_state_dict(net)
         merged = merge_(net)
         assert merged == [n for n in exported if n.endswith("weight")], f"merged are {merged}"
-        _near(net(_x(dtype)).double(), y.double(), "merged", tolerance)
+        near(net(trial_input(dtype)).double(), y.double(), "merged", tolerance)
         assert torch.equal(net.blocks[0].up.weight, exported["blocks.0.up.weight"]), "it is not what an export holds"
         assert net.state_dict().keys() == state.keys(), "merging adds to the state dict"
         twin = copy.deepcopy(net)
-        assert torch.equal(twin(_x(dtype)), net(_x(dtype))), "a copy computes something else"
+        assert torch.equal(twin(trial_input(dtype)), net(trial_input(dtype))), "a copy computes something else"
         _refused(partial(switch_, net, "a"), "unmerge_", "switching merged adapters")
         _refused(partial(remove_, net, "a"), "unmerge_", "removing merged adapters")
-        _refused(partial(net.train(), _x(dtype)), "unmerge_", "training merged adapters")
+        _refused(partial(net.train(), trial_input(dtype)), "unmerge_", "training merged adapters")
         net.eval()
         unmerge_(net)
-        assert torch.equal(net(_x(dtype)), y), "unmerging is not exact"
+        assert torch.equal(net(trial_input(dtype)), y), "unmerging is not exact"
         assert all(torch.equal(t, state[n]) for n, t in net.state_dict().items()), "merging changed the state"
         assert twin.blocks[0].up.parametrizations.weight.merged is not None, "unmerging reaches a copy"
 
@@ -140,10 +134,10 @@ def _removed(method: FunctionMethod) -> None:
     second = _adapted(method, "a", "b")
     switch_(second, "a")
     remove_(net, "b")
-    assert torch.equal(net(_x()), second(_x())), "what is left is not the first adapter"
+    assert torch.equal(net(trial_input()), second(trial_input())), "what is left is not the first adapter"
     assert remove_(net, "a") == ["blocks.0.up.weight", "blocks.0.down.weight", "blocks.1.up.weight",
                                  "blocks.1.down.weight", "head.weight"]  # fmt: skip
-    assert torch.equal(net(_x()), plain(_x())), "the model is not as before"
+    assert torch.equal(net(trial_input()), plain(trial_input())), "the model is not as before"
     assert [type(m) for m in net.modules()] == [type(m) for m in plain.modules()], "classes stay changed"
     assert [n for n, _ in net.named_parameters()] == [n for n, _ in plain.named_parameters()], "names or their order"
     ours = (net.blocks[0].up.weight, net.head.weight)
@@ -161,7 +155,7 @@ def _independent(method: FunctionMethod) -> None:
         switch_(net, names)
         assert {id(p) for p in net.parameters() if p.requires_grad} == trained, "switching changes what trains"
     switch_(net, ["a", "b"])
-    net(_x()).square().sum().backward()
+    net(trial_input()).square().sum().backward()
     assert all(p.grad is not None for f in by_name["a"] for p in f.parameters()), "the adapter gets no gradient"
     assert all(p.grad is None for f in by_name["b"] for p in f.parameters()), "a frozen adapter gets a gradient"
     merge_(net.eval())
@@ -180,7 +174,7 @@ def _frozen(method: FunctionMethod) -> None:
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
-        net(_x(torch.float32)).square().sum().backward()
+        net(trial_input(torch.float32)).square().sum().backward()
         optimizer.step()
     for name, value in net.named_parameters():
         if id(value) not in ours:
@@ -205,11 +199,11 @@ def _lookup(method: FunctionMethod) -> None:
             switch_(table, {"default": strength})
             y = table(tokens)
             dense = nn.functional.embedding(tokens, table.weight, padding_idx=padding)
-            _near(y, dense, "values")
+            near(y, dense, "values")
             for ours, theirs in zip(
                 torch.autograd.grad(y, parameters, upstream), torch.autograd.grad(dense, parameters, upstream)
             ):
-                _near(ours, theirs, f"gradients with padding {padding}")
+                near(ours, theirs, f"gradients with padding {padding}")
 
 
 @_check("two thin matrices make the same change")
@@ -220,16 +214,16 @@ def _thin(method: FunctionMethod) -> None:
         if factors is not None:
             A, B = factors
             assert A.shape[0] == B.shape[1], f"A {list(A.shape)} and B {list(B.shape)}"
-            _near(B @ A, layer.weight - before.weight, "B A", 1e-9)
+            near(B @ A, layer.weight - before.weight, "B A", 1e-9)
 
 
 @_check("saved and loaded")
 def _saved(method: FunctionMethod) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         net = _adapted(method, "a", "b", dtype=dtype)
-        both = net(_x(dtype))
+        both = net(trial_input(dtype))
         switch_(net, "b")
-        second, state = net(_x(dtype)), {n: t.clone() for n, t in net.state_dict().items()}
+        second, state = net(trial_input(dtype)), {n: t.clone() for n, t in net.state_dict().items()}
         with tempfile.TemporaryDirectory() as folder:
             for name in "ab":
                 save_adapter(net, f"{folder}/{name}", name)
@@ -239,11 +233,11 @@ def _saved(method: FunctionMethod) -> None:
             fresh = Net(dtype).eval()
             assert load_adapter_(fresh, f"{folder}/b").base == "the same", "the base is not known again"
             assert not any(p.requires_grad for p in fresh.parameters()), "what is loaded trains, unasked"
-            assert torch.equal(fresh(_x(dtype)), second), "outputs are not bit-equal"
+            assert torch.equal(fresh(trial_input(dtype)), second), "outputs are not bit-equal"
             fresh = Net(dtype).eval()
             for name in "ab":
                 load_adapter_(fresh, f"{folder}/{name}", name=name, train=True)
-            assert torch.equal(fresh(_x(dtype)), both), "with two adapters, outputs are not bit-equal"
+            assert torch.equal(fresh(trial_input(dtype)), both), "with two adapters, outputs are not bit-equal"
             again = fresh.state_dict()
             assert again.keys() == state.keys(), "the state dict has other names"
             assert all(torch.equal(t, again[n]) and t.dtype == again[n].dtype for n, t in state.items()), "or values"
@@ -251,7 +245,7 @@ def _saved(method: FunctionMethod) -> None:
             assert trains == [n for n, p in net.named_parameters() if p.requires_grad], f"others train: {trains}"
             other = Net(dtype)
             fill(other, 5)
-            before = other(_x(dtype))
+            before = other(trial_input(dtype))
             _refused(partial(load_adapter_, other, f"{folder}/a"), "another base", "another base", CheckpointError)
-            assert torch.equal(other(_x(dtype)), before), "a refusal changes the model"
+            assert torch.equal(other(trial_input(dtype)), before), "a refusal changes the model"
             load_adapter_(other, f"{folder}/a", check_base=False)

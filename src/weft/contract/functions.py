@@ -1,4 +1,7 @@
-"""What every weight function promises, whatever it computes."""
+"""What every weight function promises, whatever it computes: its start, its weight, its state, and that it leaves no trace.
+
+:mod:`weft.contract.surroundings` has what it promises to PyTorch around it, :mod:`weft.contract.adapters` what adapters add.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,17 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from weft.checkpoint.open import open_checkpoint
-from weft.contract import adapters
+from weft.contract import adapters, surroundings
+from weft.contract.comparing import (
+    gradients_of,
+    near,
+    same_gradients,
+    same_state,
+    state_of,
+    trial_input,
+    trial_net,
+)
 from weft.contract.models import (
-    Block,
     Net,
     Other,
     Scaled,
@@ -34,7 +45,6 @@ from weft.contract.models import (
     stack_of,
 )
 from weft.contract.outcome import adder, answers_typos, outcome
-from weft.contract.pair import HOW, train, train_in_pair
 from weft.errors import CheckpointError, RecipeError
 from weft.function.attach import bake_, functions, parametrize_
 from weft.function.classes import Carrier
@@ -50,15 +60,8 @@ EXPECTED: dict[str, dict[str, str]] = {
     },
     "meta device": {"eva": "it starts from what the layers are fed, and a model without numbers feeds them nothing"},
 }
-# Ways of distributed training that a method cannot offer, with the reason; the others are checked.
-EXPECTED_WAYS: dict[str, tuple[tuple[str, ...], str]] = {
-    "mixture_of_shards": (
-        ("fsdp2 by block", "fsdp2 by layer"),
-        "FSDP2 shards a parameter in one unit, and the pool belongs to layers of several; it raises",
-    ),
-}
-# sums of at most 100 products of numbers near 1 in float64, in another order
-EXACT = 1e-12
+
+_check = adder(CHECKS)
 
 
 def run(method: FunctionMethod) -> list[dict[str, Any]]:
@@ -67,9 +70,9 @@ def run(method: FunctionMethod) -> list[dict[str, Any]]:
     Returns:
         For each check its name, "passed", "failed" or "expected", and the reason for the latter two.
     """
-    checks = CHECKS | adapters.CHECKS if method.adapter else CHECKS
+    checks = CHECKS | surroundings.CHECKS | (adapters.CHECKS if method.adapter else {})
     results = [outcome(name, check, method, _expected(name, method)) for name, check in checks.items()]
-    ways, reason = EXPECTED_WAYS.get(method.name, ((), ""))
+    ways, reason = surroundings.EXPECTED_WAYS.get(method.name, ((), ""))
     for result in results:
         if ways and result["check"] == "distributed training" and result["outcome"] == "passed":
             result |= {"outcome": "expected", "reason": f"{', '.join(ways)}: {reason}"}
@@ -78,53 +81,6 @@ def run(method: FunctionMethod) -> list[dict[str, Any]]:
 
 def _expected(name: str, method: FunctionMethod) -> str:
     return EXPECTED.get(name, {}).get(method.name, "") or (method.approximate if name == "gradients" else "")
-
-
-_check = adder(CHECKS)
-
-
-def _net(method: FunctionMethod, dtype: torch.dtype = torch.float64) -> Net:
-    """A model with the row's functions, some steps on, in evaluation."""
-    net = Net(dtype).eval()
-    attach(method, net)
-    return net
-
-
-def _x(dtype: torch.dtype = torch.float64, rows: int = 6) -> Tensor:
-    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t.detach().clone() for n, t in model.state_dict().items()}
-
-
-def _near(first: Tensor, second: Tensor, what: str, tolerance: float = EXACT) -> None:
-    assert first.shape == second.shape, f"{what}: {list(first.shape)} and {list(second.shape)}"
-    if first.numel() == 0:
-        return
-    error = float((first - second).detach().abs().max())
-    limit = tolerance * max(1.0, float(second.detach().abs().max()))
-    assert error <= limit, f"{what}: differs by {error:.3g}, more than {limit:.3g}"
-
-
-def _same_state(first: nn.Module, second: nn.Module, what: str, tolerance: float = 0.0) -> None:
-    ours, theirs = _state(first), _state(second)
-    assert ours.keys() == theirs.keys(), f"{what}: other names: {sorted(ours.keys() ^ theirs.keys())[:3]}"
-    for name, value in ours.items():
-        _near(value.double(), theirs[name].double(), f"{what}: {name}", tolerance)
-
-
-def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of a sum of squares; zeros where there are none."""
-    model.zero_grad()
-    model(x).square().sum().backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-
-
-def _same_gradients(first: dict[str, Tensor], second: dict[str, Tensor], what: str, tolerance: float = EXACT) -> None:
-    assert first.keys() == second.keys(), f"{what}: other parameters"
-    for name, value in first.items():
-        _near(value, second[name], f"{what}: gradient of {name}", tolerance)
 
 
 def _fitting(method: FunctionMethod, dtype: torch.dtype = torch.float32) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
@@ -163,7 +119,7 @@ def _start(method: FunctionMethod) -> None:
         for layout, layer, _, before in _fitting(method, dtype):
             weight = layer.eval().weight
             if method.starts_at == "weight":
-                _near(weight, before, f"{layout}, {dtype}", tolerance)
+                near(weight, before, f"{layout}, {dtype}", tolerance)
             else:
                 assert torch.equal(stack_of(layer).original, before), f"{layout}: the stored tensor changed"
                 assert not torch.allclose(weight, before), f"{layout}: the weight is not transformed"
@@ -179,7 +135,7 @@ def _bake(method: FunctionMethod) -> None:
         assert bake_(layer) == ["weight"], f"{layout}: bake_ reports other names"
         assert type(layer) is base, f"{layout}: the class is {type(layer).__name__}"
         assert torch.equal(layer.weight, weight), f"{layout}: another weight"
-        _near(layer(x), y, layout)
+        near(layer(x), y, layout)
 
 
 @_check("attach and bake leave no trace")
@@ -200,41 +156,41 @@ def _trace(method: FunctionMethod) -> None:
 
 @_check("state dict into a fresh model")
 def _round_trip(method: FunctionMethod) -> None:
-    net, fresh = _net(method), Net(torch.float64).eval()
+    net, fresh = trial_net(method), Net(torch.float64).eval()
     shake(fresh, seed=5)
     attach(method, fresh, seed=5)
     fresh.load_state_dict(net.state_dict())
-    _same_state(fresh, net, "after loading")
-    assert torch.equal(fresh(_x()), net(_x())), "the loaded model computes something else"
+    same_state(fresh, net, "after loading")
+    assert torch.equal(fresh(trial_input()), net(trial_input())), "the loaded model computes something else"
 
 
 @_check("copies are whole")
 def _copies(method: FunctionMethod) -> None:
-    net = _net(method)
-    before, y = _state(net), net(_x())
+    net = trial_net(method)
+    before, y = state_of(net), net(trial_input())
     twin = copy.deepcopy(net)
     shake(twin, seed=6)
     baked = copy.deepcopy(net)
     bake_(baked)
-    _near(baked(_x()), y, "the baked copy")
+    near(baked(trial_input()), y, "the baked copy")
     assert isinstance(net.blocks[0].up, Carrier), "baking a copy took the original's functions"
     assert isinstance(twin.blocks[0].up, Carrier), "baking a copy took another copy's functions"
-    assert torch.equal(net(_x()), y), "a copy shares tensors with the original"
+    assert torch.equal(net(trial_input()), y), "a copy shares tensors with the original"
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
 @_check("pickle")
 def _pickle(method: FunctionMethod) -> None:
-    net = _net(method).train()
+    net = trial_net(method).train()
     back = pickle.loads(pickle.dumps(net))
-    _same_state(back, net, "after pickling")
-    _same_gradients(_gradients(back, _x()), _gradients(net, _x()), "after pickling")
-    _same_state(back, net, "after pickling and a step")
+    same_state(back, net, "after pickling")
+    same_gradients(gradients_of(back, trial_input()), gradients_of(net, trial_input()), "after pickling")
+    same_state(back, net, "after pickling and a step")
 
 
 @_check("torch.save")
 def _torch_save(method: FunctionMethod) -> None:
-    net = _net(method)
+    net = trial_net(method)
     for value, weights_only in ((net, False), (net.state_dict(), True)):
         file = io.BytesIO()
         torch.save(value, file)
@@ -243,7 +199,7 @@ def _torch_save(method: FunctionMethod) -> None:
         if weights_only:
             assert all(torch.equal(t, back[n]) for n, t in net.state_dict().items())
         else:
-            assert torch.equal(back(_x()), net(_x())), "the loaded model computes something else"
+            assert torch.equal(back(trial_input()), net(trial_input())), "the loaded model computes something else"
 
 
 @_check("gradients")
@@ -262,8 +218,8 @@ def _gradcheck(method: FunctionMethod) -> None:
 
 @_check("training reaches every parameter")
 def _reaches(method: FunctionMethod) -> None:
-    net = _net(method).train()
-    gradients = _gradients(net, _x())
+    net = trial_net(method).train()
+    gradients = gradients_of(net, trial_input())
     stored = [n for n in gradients if n.endswith(".original")]
     freezes = any(f.freezes for stack in functions(net).values() for f in stack)
     frozen = [n for n, p in net.named_parameters() if not p.requires_grad]
@@ -275,171 +231,26 @@ def _reaches(method: FunctionMethod) -> None:
 
 @_check("product equals the dense path")
 def _product(method: FunctionMethod) -> None:
-    net = _net(method)
-    layer, x = net.blocks[0].up, _x()
+    net = trial_net(method)
+    layer, x = net.blocks[0].up, trial_input()
     names = [n for n, _ in layer.named_parameters()]
     for training in (False, True):
         layer.train(training)
         y, dense = layer(x), functional.linear(x, layer.weight, layer.bias)
-        _near(y, dense, "values")
+        near(y, dense, "values")
         fast, slow = (
             torch.autograd.grad(v.square().sum(), [p for p in layer.parameters() if p.requires_grad])
             for v in (y, dense)
         )
         for name, ours, theirs in zip(names, fast, slow):
-            _near(ours, theirs, f"gradient of {name}")
-
-
-@_check("bfloat16")
-def _bfloat16(method: FunctionMethod) -> None:
-    exact = _net(method, torch.float32)
-    for cast in (False, True):  # attached to a bfloat16 model, and cast after attaching
-        net = exact if cast else Net().bfloat16().eval()
-        if not cast:
-            attach(method, net, seed=5)
-            net.load_state_dict(exact.state_dict())
-        net = copy.deepcopy(net).bfloat16()
-        # 8 bits of mantissa, in weights, inputs and products of three layers
-        _near(net(_x(torch.bfloat16)).float(), exact(_x(torch.float32)), "values", 2**-4)
-        net.train()
-        gradients = _gradients(net, _x(torch.bfloat16))
-        assert all(g.isfinite().all() for g in gradients.values()), "gradients with NaN or infinity"
-
-
-@_check("autocast")
-def _autocast(method: FunctionMethod) -> None:
-    net, x = _net(method, torch.float32), _x(torch.float32)
-    exact, weight = net(x), net.blocks[0].up.weight
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = net(x)
-        assert torch.equal(net.blocks[0].up.weight, weight), "the weight is computed in lower precision"
-        net.train()
-        net(x).float().square().sum().backward()
-    assert y.dtype == torch.bfloat16, f"autocast gave {y.dtype}"
-    _near(y.float(), exact, "values", 2**-5)
-
-
-@_check("compiles whole")
-def _compile(method: FunctionMethod) -> None:
-    net, twin = _net(method), _net(method)
-    for model in (net, twin):
-        del model.blocks[1]
-    torch._dynamo.reset()
-    _near(torch.compile(net, backend="eager", fullgraph=True)(_x()), twin(_x()), "in evaluation")
-    torch._dynamo.reset()
-    compiled = torch.compile(net.train(), backend="aot_eager", fullgraph=True)
-    expected = _gradients(twin.train(), _x())
-    compiled(_x()).square().sum().backward()
-    ours = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
-    _same_gradients(ours, expected, "in training")
-    _same_state(net, twin, "buffers after a step", EXACT)
-
-
-@_check("equal blocks compile once")
-def _regional(method: FunctionMethod) -> None:
-    blocks = nn.Sequential(*[Block() for _ in range(12)]).eval()
-    fill(blocks, 0)
-    attach(method, blocks)
-    torch._dynamo.reset()
-    graphs = 0
-
-    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph.forward
-
-    expected = x = _x(torch.float32)
-    for block in blocks:
-        x = torch.compile(block, backend=count, fullgraph=True)(x).detach()
-        expected = block(expected).detach()
-    assert graphs <= 3, f"12 equal blocks made {graphs} graphs"
-    _near(x, expected, "values", 1e-6)
-
-
-@_check("functional_call")
-def _functional(method: FunctionMethod) -> None:
-    net, moved = _net(method), _net(method)
-    shake(moved, seed=7)
-    parameters = {n: p.detach().clone().requires_grad_() for n, p in moved.named_parameters()}
-    y = functional_call(net, parameters, (_x(),))
-    _near(y, moved(_x()), "values")
-    y.square().sum().backward()
-    trained = {n for n, p in net.named_parameters() if p.requires_grad}
-    assert all(parameters[n].grad is not None for n in trained), "a parameter gets no gradient"
-    before, y = _state(net), net(_x())
-    try:
-        functional_call(net, {"blocks.0.up.weight": torch.zeros(32, 16, dtype=torch.float64)}, (_x(),))
-    except RecipeError as error:
-        assert "parametrizations.weight.original" in str(error), f"the message has no remedy: {error}"
-    else:
-        raise AssertionError("a value for a computed weight was accepted")
-    assert all(torch.equal(t, before[n]) for n, t in _state(net).items()), "the refused call changed the model"
-    assert torch.equal(net(_x()), y), "the refused call changed the model"
-
-
-@_check("setting the weight is refused")
-def _setting(method: FunctionMethod) -> None:
-    net = _net(method)
-    layer, before = net.blocks[0].up, net(_x())
-    value = torch.zeros(32, 16, dtype=torch.float64)
-    identity = nn.Identity()
-    for attempt in (
-        lambda: setattr(layer, "weight", value),
-        lambda: setattr(layer, "weight", nn.Parameter(value)),
-        lambda: nn.utils.parametrize.register_parametrization(layer, "weight", identity),
-        lambda: nn.utils.parametrize.remove_parametrizations(layer, "weight"),
-        lambda: nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False),
-    ):
-        try:
-            attempt()
-        except (RecipeError, AttributeError, RuntimeError):
-            assert torch.equal(net(_x()), before), "a refused change changed the model"
-        else:
-            raise AssertionError("a computed weight was set from outside")
-
-
-@_check("distributed training")
-def _distributed(method: FunctionMethod) -> None:
-    alone = train(method)
-    for how in [h for h in HOW if h not in EXPECTED_WAYS.get(method.name, ((), ""))[0]]:
-        for rank, state in enumerate(train_in_pair(method, how)):
-            assert state.keys() == alone.keys(), f"{how}: other names"
-            for name, value in state.items():
-                _near(value, alone[name], f"{how}, process {rank}: {name}", 1e-9)
-
-
-@_check("checkpointing")
-def _checkpointing(method: FunctionMethod) -> None:
-    plain = _net(method).train()
-    expected = _gradients(plain, _x())
-    for reentrant in (False, True):
-        for whole in (False, True):
-            net = _net(method).train()
-            x = _x().requires_grad_()
-            net.zero_grad()
-            if whole:
-                y = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=reentrant)
-            else:
-                net.checkpointing = reentrant
-                y = net(x)
-            y.square().sum().backward()
-            ours = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
-            what = f"reentrant: {reentrant}, the whole model: {whole}"
-            _same_gradients(ours, expected, what)
-            _same_state(net, plain, f"buffers, {what}")
-
-
-@_check("two forward passes before one backward")
-def _twice(method: FunctionMethod) -> None:
-    net = _net(method).train()
-    (net(_x()).square().sum() + net(-_x()).square().sum()).backward()
+            near(ours, theirs, f"gradient of {name}")
 
 
 @_check("evaluation changes nothing")
 def _evaluation(method: FunctionMethod) -> None:
-    net = _net(method)
-    before = _state(net)
-    first, second = net(_x()), net(_x())
+    net = trial_net(method)
+    before = state_of(net)
+    first, second = net(trial_input()), net(trial_input())
     assert torch.equal(first, second), "two evaluations differ"
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items()), "evaluation changed the state"
 
@@ -449,7 +260,7 @@ def _chains(method: FunctionMethod) -> None:
     kinds: list[tuple[type[Scaled] | type[Shifted] | None, ...]] = [(None, None), (None, Scaled, Scaled)]
     kinds += [(Scaled, None), (None, Scaled), (Shifted, None), (None, Shifted)]
     for order in [*kinds, (Scaled, None, Shifted), (Shifted, None, Scaled)]:
-        layer, x = nn.Linear(16, 32).double().eval(), _x()
+        layer, x = nn.Linear(16, 32).double().eval(), trial_input()
         fill(layer, 0)
         what = " under ".join(kind.__name__ if kind else method.name for kind in order)
         for kind in order:
@@ -461,22 +272,22 @@ def _chains(method: FunctionMethod) -> None:
                 assert torch.equal(layer.weight, before), f"{what}: refused, and changed"
                 break
             if kind is None and method.starts_at == "weight":
-                _near(layer.weight, before, f"{what}: the start", 1e-9)
+                near(layer.weight, before, f"{what}: the start", 1e-9)
             shake(layer)
         weight = layer.weight
         assert len(stack_of(layer)) == len(functions(layer)["weight"])
-        _near(layer(x), functional.linear(x, weight, layer.bias), what)
+        near(layer(x), functional.linear(x, weight, layer.bias), what)
         parameters = [p for p in layer.parameters() if p.requires_grad]
         fast, slow = (
             torch.autograd.grad(v.square().sum(), parameters, materialize_grads=True)
             for v in (layer(x), functional.linear(x, weight, layer.bias))
         )
         for ours, theirs in zip(fast, slow):
-            _near(ours, theirs, f"{what}: gradients")
+            near(ours, theirs, f"{what}: gradients")
         y = layer(x)
         bake_(layer)
         assert torch.equal(layer.weight, weight), f"{what}: baking gives another weight"
-        _near(layer(x), y, f"{what}: baked")
+        near(layer(x), y, f"{what}: baked")
 
 
 @_check("tied weights")
@@ -488,34 +299,7 @@ def _tied(method: FunctionMethod) -> None:
     y = model.eval()(tokens)
     assert bake_(model) == ["embedding.weight", "head.weight"]
     assert model.embedding.weight is model.head.weight, "baking unties"
-    _near(model(tokens), y, "baked", 1e-5)  # float32
-
-
-@_check("meta device")
-def _meta(method: FunctionMethod) -> None:
-    net = _net(method, torch.float32)
-    with torch.device("meta"):
-        built = Net()
-    attach(method, built, moved=False, seed=5)
-    assert all(t.is_meta for t in built.state_dict().values()), "something was made elsewhere"
-    built.load_state_dict(net.state_dict(), assign=True)
-    assert torch.equal(built.eval()(_x(torch.float32)), net(_x(torch.float32))), "it computes something else"
-
-
-@_check("gradients of single samples")
-def _vmap(method: FunctionMethod) -> None:
-    net, x = _net(method), _x(rows=3)
-    parameters = {n: p.detach() for n, p in net.named_parameters()}
-
-    def loss(values: dict[str, Tensor], row: Tensor) -> Tensor:
-        total: Tensor = functional_call(net, values, (row.unsqueeze(0),)).square().sum()
-        return total
-
-    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    for i, row in enumerate(x):
-        alone = torch.func.grad(loss)(parameters, row)
-        for name, value in alone.items():
-            _near(together[name][i], value, name)
+    near(model(tokens), y, "baked", 1e-5)  # float32
 
 
 @_check("a step of training")
@@ -523,7 +307,7 @@ def _step(method: FunctionMethod) -> None:
     net = Net().train()
     attach(method, net, moved=False)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
-    x, target = _x(torch.float32), _x(torch.float32)[:, :8]
+    x, target = trial_input(torch.float32), trial_input(torch.float32)[:, :8]
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
@@ -536,13 +320,13 @@ def _step(method: FunctionMethod) -> None:
 
 @_check("export")
 def _export(method: FunctionMethod) -> None:
-    net = _net(method)
-    before, y = _state(net), net(_x())
+    net = trial_net(method)
+    before, y = state_of(net), net(trial_input())
     state = plain_state_dict(net)
     assert not any("parametrizations" in n for n in state), "parts of functions are exported"
     plain = Net(torch.float64).eval()
     plain.load_state_dict(state)
-    _near(plain(_x()), y, "the plain model")
+    near(plain(trial_input()), y, "the plain model")
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items()), "export changed the model"
     with tempfile.TemporaryDirectory() as folder:
         save(net, folder)

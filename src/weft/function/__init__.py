@@ -2,7 +2,7 @@
 
 Start at :mod:`weft.function.protocol` (what a function is) and :mod:`weft.function.attach` (``weft.parametrize_``,
 ``weft.bake_``, ``weft.functions``). :mod:`weft.function.where` chooses layers, :mod:`weft.function.layout` says what a
-function sees of them, :mod:`weft.function.export` saves.
+function sees of them, :mod:`weft.function.places` finds them under all their names, :mod:`weft.function.export` saves.
 """
 
 from weft.function.attach import Attached, bake_, functions, parametrize_

@@ -34,7 +34,7 @@ class Adapter(WeightFunction):
     """Base of adapters: W = W₀ + strength · scale · change(W₀). Subclasses define ``change``, and ``to_lora`` if exact.
 
     Subclasses with ``has_product`` define ``changed(x)``, x times the change; those with ``has_lookup`` define
-    ``change_rows``.
+    ``change_rows``. None of the three is abstract: one that replaces the weight instead overrides ``forward`` itself.
 
     Attributes:
         adapter: the name it was added under.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from weft.errors import RecipeError
 from weft.function.classes import Carrier, put_on, take_off, unwrapped
 from weft.function.export import bake_on_save
-from weft.function.layout import Layout, is_packed, layout_of
+from weft.function.layout import Layout
+from weft.function.places import Place, places_of
 from weft.function.protocol import FunctionConfig, WeightFunction
 from weft.function.stack import PackedStack, Stack, is_sharded
 from weft.function.updates import stop_updating, update_before_forward
@@ -45,16 +46,6 @@ class Attached:
         counts = f"{len(self.touched)} attached ({len(self.tied)} tied), {len(self.ignored)} ignored"
         unmatched = f"; no layer matched {', '.join(map(repr, self.unmatched))}" if self.unmatched else ""
         return f"{counts}, {len(self.untouched)} left{unmatched}"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A tensor of a layer: the tensor itself, or the stack that computes it."""
-
-    full: str
-    module: nn.Module
-    name: str
-    held: Any
 
 
 def parametrize_(
@@ -100,15 +91,15 @@ def parametrize_(
     _refuse_wrapped(model)
     model = unwrapped(model)  # what torch.compile has wrapped compiles again when it changes
     cases = {s: _checked(c) for s, c in (config if isinstance(config, Mapping) else {"*": config}).items()}
-    places = list(_places(model, packed=True))
+    places = list(places_of(model, packed=True))
     vectors = any(getattr(c, "takes_vectors", False) for c in cases.values())
-    layers = [p for p in places if p.name == name and _is_weight(p, vectors)]
+    layers = [p for p in places if p.name == name and p.is_weight(vectors)]
     report, chosen = Attached(), {}
     heads = output_heads(model)
     for place in layers:
-        path = _path(place)
+        path = place.path
         case = most_specific(cases, path, place.module, heads) if matches(where, path, place.module, heads) else None
-        vector = not _is_weight(place) and not getattr(cases.get(case), "takes_vectors", False)
+        vector = not place.is_weight() and not getattr(cases.get(case), "takes_vectors", False)
         if case is None or vector:
             report.untouched.append(place.full)
         elif cases[case] is None or matches(ignore, path, place.module, heads):
@@ -116,12 +107,10 @@ def parametrize_(
         else:
             chosen[place.full] = cases[case]
     patterns = [t for s in (where, list(cases), ignore) for t in texts(s)]
-    report.unmatched = [t for t in patterns if not any(matches(t, _path(p), p.module, heads) for p in layers)]
+    report.unmatched = [t for t in patterns if not any(matches(t, p.path, p.module, heads) for p in layers)]
     if not chosen:
         asked = where if where != "*" else list(cases)
-        hint = _vectors(places, where, list(cases), name) or nearest_names(
-            asked, [(_path(p), p.module) for p in layers]
-        )
+        hint = _vectors(places, where, list(cases), name) or nearest_names(asked, [(p.path, p.module) for p in layers])
         raise RecipeError(
             f"No layer with a tensor {name!r} was chosen by {asked!r}: {len(layers)} layers have one, "
             f"{len(report.ignored)} of these are ignored.{hint}"
@@ -130,11 +119,11 @@ def parametrize_(
     return report
 
 
-def _vectors(places: list[_Place], where: Selector, cases: list[Any], name: str) -> str:
+def _vectors(places: list[Place], where: Selector, cases: list[Any], name: str) -> str:
     """A hint where layers were chosen whose tensor is no matrix."""
     found = [
         p.full for p in places
-        if p.name == name and not _is_weight(p) and matches(where, _path(p), p.module) and matches(cases, _path(p), p.module)
+        if p.name == name and not p.is_weight() and matches(where, p.path, p.module) and matches(cases, p.path, p.module)
     ]  # fmt: skip
     if not found:
         return ""
@@ -151,7 +140,7 @@ def functions(model: nn.Module) -> dict[str, list[WeightFunction]]:
     >>> functions(nn.Linear(2, 2))
     {}
     """
-    return {p.full: list(p.held) for p in _places(model) if isinstance(p.held, Stack)}
+    return {p.full: list(p.held) for p in places_of(model) if isinstance(p.held, Stack)}
 
 
 def holders(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, nn.Module]]:
@@ -162,9 +151,9 @@ def holders(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, nn.Mo
     >>> holders(model, ["1.weight"])
     {'1.weight': {'1.weight': Linear(in_features=2, out_features=3, bias=True), '0.weight': Embedding(3, 2)}}
     """
-    groups: dict[int, list[_Place]] = {}
+    groups: dict[int, list[Place]] = {}
     named: dict[str, int] = {}
-    for place in _places(model, packed=True):
+    for place in places_of(model, packed=True):
         groups.setdefault(id(place.held), []).append(place)
         named[place.full] = id(place.held)
     return {
@@ -197,14 +186,14 @@ def bake_(model: nn.Module, where: Selector = "*", *, ignore: Selector = ()) -> 
     (['weight'], True, 'Linear')
     """
     heads = output_heads(model)
-    groups: dict[int, list[_Place]] = {}
-    for place in _places(model):
+    groups: dict[int, list[Place]] = {}
+    for place in places_of(model):
         if isinstance(place.held, Stack):
             groups.setdefault(id(place.held), []).append(place)
     names = []
     for key in list(groups):
         tied = groups.pop(key)  # so that each stored tensor is freed as soon as it is baked
-        paths = [(_path(p), p.module) for p in tied]
+        paths = [(p.path, p.module) for p in tied]
         wanted = any(matches(where, path, m, heads) and not matches(ignore, path, m, heads) for path, m in paths)
         if not wanted:
             continue
@@ -224,17 +213,17 @@ def bake_(model: nn.Module, where: Selector = "*", *, ignore: Selector = ()) -> 
                 take_off(place.module, place.name, weight)
             names.append(place.full)
     stop_updating(model)
-    order = {p.full: i for i, p in enumerate(_places(model))}
+    order = {p.full: i for i, p in enumerate(places_of(model))}
     return sorted(names, key=order.__getitem__)
 
 
 def _attach(
-    model: nn.Module, places: list[_Place], chosen: dict[str, Any], report: Attached, data: Iterable[Any] | None
+    model: nn.Module, places: list[Place], chosen: dict[str, Any], report: Attached, data: Iterable[Any] | None
 ) -> None:
-    groups: dict[int, list[_Place]] = {}
+    groups: dict[int, list[Place]] = {}
     for place in places:
         groups.setdefault(id(place.held), []).append(place)
-    wanted: list[tuple[list[_Place], _Place, Layout]] = []
+    wanted: list[tuple[list[Place], Place, Layout]] = []
     dense = [p for p in places if isinstance(p.held, Stack) and not isinstance(p.held, PackedStack)]
     sources = {id(p.held.original): p.full for p in dense}
     for tied in groups.values():
@@ -261,9 +250,9 @@ def _attach(
             raise RecipeError(
                 f"{first.full} has sparse gradients, which do not pass through functions; set `sparse = False`."
             )
-        wanted.append((tied, first, _layout(first)))
+        wanted.append((tied, first, first.layout))
     builders = _planned(model, [(f, layout, chosen[f.full]) for _, f, layout in wanted], data)
-    built: list[tuple[list[_Place], Any, WeightFunction, Layout]] = []
+    built: list[tuple[list[Place], Any, WeightFunction, Layout]] = []
     tried: set[Any] = set()
     for tied, first, layout in wanted:  # build everything before anything is changed
         builder = builders.get(first.full)
@@ -295,7 +284,7 @@ def _attach(
 
 
 def _planned(
-    model: nn.Module, wanted: list[tuple[_Place, Layout, Any]], data: Iterable[Any] | None
+    model: nn.Module, wanted: list[tuple[Place, Layout, Any]], data: Iterable[Any] | None
 ) -> dict[str, FunctionConfig]:
     """What builds the function of each weight, by full name."""
     builders: dict[str, FunctionConfig] = {}
@@ -312,7 +301,7 @@ def _planned(
     return builders
 
 
-def _built(place: _Place, config: Any, layout: Layout, tried: set[Any]) -> WeightFunction:
+def _built(place: Place, config: Any, layout: Layout, tried: set[Any]) -> WeightFunction:
     """The function for a weight, tried on one weight of each kind: on a large model, on all would take seconds."""
     with torch.no_grad():
         weight = place.held.weight() if isinstance(place.held, Stack) else layout.seen(place.held.detach())
@@ -362,24 +351,15 @@ def _put(held: Tensor | Stack, function: WeightFunction, layout: Layout) -> Stac
     return stack
 
 
-def _refuse_shared_memory(place: _Place, places: list[_Place]) -> None:
+def _refuse_shared_memory(place: Place, places: list[Place]) -> None:
     """A tensor that gets other values may not lie in the memory of one that is not tied to it."""
-    here = _memory(place)
+    here = place.memory()
     for other in places:
-        if other.held is not place.held and _is_weight(other) and _memory(other) == here:
+        if other.held is not place.held and other.is_weight() and other.memory() == here:
             raise RecipeError(
                 f"{place.full} and {other.full} are two parameters in one memory, as `nn.Parameter(other)` makes, and "
                 "what is stored would be changed twice. Assign one of them to the other, or copy it."
             )
-
-
-def _memory(place: _Place) -> Any:
-    if isinstance(place.held, PackedStack):
-        return id(place.held)
-    stored = place.held.original if isinstance(place.held, Stack) else place.held
-    if isinstance(stored, nn.parameter.UninitializedTensorMixin) or stored.layout != torch.strided:
-        return id(stored)
-    return stored.untyped_storage()._cdata, stored.storage_offset()
 
 
 def _stores_otherwise(function: WeightFunction) -> bool:
@@ -391,47 +371,6 @@ def _baked(stack: Stack) -> Tensor:
     value = torch.empty_like(stack.original, memory_format=torch.contiguous_format, requires_grad=False)
     value.copy_(stack.value())
     return nn.Parameter(value, requires_grad=stack.trained) if isinstance(stack.original, nn.Parameter) else value
-
-
-def _places(model: nn.Module, packed: bool = False) -> Iterator[_Place]:
-    """All tensors of a model's layers, under all their names; those inside functions are no layer's.
-
-    ``packed``: also the weights of layers that hold them packed, each as a stack without functions.
-    """
-    inside: set[nn.Module] = set()
-    for path, module in unwrapped(model).named_modules(remove_duplicate=False):
-        if module in inside:
-            continue
-        held = {**module._parameters, **module._buffers}
-        if isinstance(module, Carrier):
-            held.update({n: module.parametrizations[n] for n in module.weft_names})
-            inside.update(m for n in module.weft_names for m in module.parametrizations[n].modules())
-        elif packed and is_packed(module):
-            held["weight"] = PackedStack(module)
-        for name, value in held.items():
-            if value is not None:
-                yield _Place(f"{path}.{name}" if path else name, module, name, value)
-
-
-def _path(place: _Place) -> str:
-    return place.full[: -len(place.name)].rstrip(".")
-
-
-def _layout(place: _Place) -> Layout:
-    if isinstance(place.held, Stack):
-        return place.held.layout
-    return layout_of(place.module, place.name, place.held)
-
-
-def _is_weight(place: _Place, vectors: bool = False) -> bool:
-    held = place.held
-    if isinstance(held, PackedStack):
-        held = held.like
-    elif isinstance(held, Stack):
-        held = held.original
-    if isinstance(held, nn.parameter.UninitializedTensorMixin):
-        return True
-    return bool(held.dim() >= (1 if vectors else 2) and held.is_floating_point())
 
 
 def _checked(config: Any) -> Any:

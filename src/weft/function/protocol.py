@@ -13,6 +13,7 @@ A weight function computes a weight W from a stored tensor and parameters of its
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,8 +28,11 @@ Gather = Callable[[Tensor], Tensor]  # (rows, columns) -> (…, columns): the ro
 Looked = Callable[[Gather], Tensor]
 
 
-class WeightFunction(nn.Module):
-    """Base of all weight functions. Subclasses define ``forward`` and what else they have.
+class WeightFunction(nn.Module, ABC):
+    """Base of all weight functions.
+
+    Subclasses define ``forward``. The other methods go with a ``has_…`` each, and a function that does not set it leaves
+    them out; so they are not abstract.
 
     Shapes are those of a matrix as ``nn.Linear`` stores it, (out, in), with any further axes of a convolution behind
     (out, in, …), or a stack of matrices (experts, out, in) where ``batched`` is true; :mod:`weft.function.layout` turns
@@ -42,9 +46,9 @@ class WeightFunction(nn.Module):
     freezes = False  # the stored tensor does not train (adapters)
     enabled = True  # adapters can be switched off, and return the stored tensor then
 
+    @abstractmethod
     def forward(self, stored: Tensor) -> Tensor:
         """The weight. Runs in every forward pass, so it must compile: no branches on values, no ``.item()``."""
-        raise NotImplementedError
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The stored tensor for a weight, of the same shape; the weight itself unless a subclass knows better."""

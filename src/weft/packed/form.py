@@ -10,6 +10,7 @@ that was quantised along its outputs is :class:`~weft.packed.forms.Transposed` o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
@@ -22,7 +23,7 @@ FORMS: dict[str, type[Packed]] = {}
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class Packed(ABC):
     """A matrix of few values; subclasses say which.
 
     Attributes:
@@ -36,30 +37,30 @@ class Packed:
             FORMS[cls.form] = cls
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantize(self) -> Tensor:
         """The matrix (out, in), float32: exactly what every other way to multiply by it stands for."""
-        raise NotImplementedError
 
     def part(self, first: int, last: int) -> Packed | None:
         """The rows from ``first`` to before ``last`` as a packed weight; None where they cannot be had apart."""
         return None
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds, by name; names have no dots."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Facts that JSON can say; ``form`` is among them."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
         """The form of its own :meth:`tensors` and :meth:`settings`."""
-        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:

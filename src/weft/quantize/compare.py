@@ -10,7 +10,7 @@ has a walk of its own, in which a block sees what the quantised blocks before it
 does by itself: slower, and mostly a little better.
 
 What counts is one number, the ``loss``: of causal language models the KL divergence from the original, of encoders 1 − cos
-of mean embeddings, of others the relative output error.
+of mean embeddings, of others the relative output error. :func:`weft.view.evidence.comparison_page` shows a comparison.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LOSSES = {
     "cosine_distance": 0.02,
     "output_error": 0.1,
 }  # the first that a model has counts; what is small enough
-JSON_FILE, PAGE_FILE, CURVES_FILE = "comparison.json", "comparison.html", "curves.json"
+JSON_FILE, CURVES_FILE = "comparison.json", "curves.json"
 
 
 def compare_methods(
@@ -81,7 +81,7 @@ def compare_methods(
         candidates: configurations by label.
         batches: calibration data.
         held_out: data to score on, that no candidate was fitted to.
-        output: a folder: ``comparison.json``, ``comparison.html``, ``curves.json``, with ``keep`` also ``models/``.
+        output: a folder: ``comparison.json``, ``curves.json``, with ``keep`` also ``models/``.
         mixed: further candidates: bits per weight of models whose layers each have one of the ``candidates``.
         measure, together: how these are chosen; see :func:`weft.quantize.choose_bits`.
         tolerance: the loss that is small enough; None: what ``LOSSES`` says of the kind.
@@ -103,8 +103,6 @@ def compare_methods(
         CheckpointError: the model cannot be read, walked or scored.
         OutputError: the output exists or cannot be written.
     """
-    from weft.view.evidence import comparison_page
-
     if not candidates:
         raise RecipeError("There is nothing to compare; give candidates by label.")
     data, held = [on_cpu(b) for b in batches], [on_cpu(b) for b in held_out]
@@ -181,7 +179,6 @@ def compare_methods(
             (work.files / JSON_FILE).write_text(
                 json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
             )
-            (work.files / PAGE_FILE).write_text(comparison_page(found), encoding="utf-8")
             shutil.copyfile(work.root / CURVES_FILE, work.files / CURVES_FILE)
             if keep:
                 shutil.move(work.root / "models", work.files / "models")

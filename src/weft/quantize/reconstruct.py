@@ -18,6 +18,7 @@ block in float32, what is trained with its gradients, the optimizer's state and 
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -113,7 +114,7 @@ def reconstruct_block(
 
 
 @dataclass(frozen=True)
-class Reconstruction(Change):
+class Reconstruction(Change, ABC):
     """The base of configurations that train a Soft: a block at a time, or one layer from its Gram matrix.
 
     Subclasses give :meth:`soft` and :meth:`descent`, and say what they do without data
@@ -127,13 +128,13 @@ class Reconstruction(Change):
     needs: ClassVar[tuple[str, ...]] = ("gram",)
     targets: ClassVar[bool] = True
 
+    @abstractmethod
     def soft(self, weight: Tensor, generator: torch.Generator) -> Soft:
         """What is trained for a matrix (out, in) float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def descent(self) -> Descent:
         """How it is trained."""
-        raise NotImplementedError
 
     def trains_biases(self) -> bool:
         """Whether biases are trained with a block."""

@@ -1,11 +1,11 @@
-"""Evidence about a quantised model on disk: what each layer lost, as numbers and as a page.
+"""Evidence about a quantised model on disk: what each layer lost, in numbers.
 
     write_report("quantised/", before="model/", seconds=81.2, scores={"before": …, "after": …})
     compare_reports("quantised/", "other/")["layers"][0]       # the layer whose error differs most
 
-``report.json`` and ``report.html`` are made from the folder's ``weft.json``, the headers of its files, and what the caller
-knows beside: times, peak memory and scores, which are in no other file of the folder, since the same run must give the same
-bytes.
+``report.json`` is made from the folder's ``weft.json``, the headers of its files, and what the caller knows beside: times, peak
+memory and scores, which are in no other file of the folder, since the same run must give the same bytes.
+:func:`weft.view.evidence.report_page` shows it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from weft.checkpoint.open import open_checkpoint, open_path
 from weft.engine.run import REPORT_FILE
 from weft.errors import CheckpointError, OutputError
 
-JSON_FILE, PAGE_FILE = "report.json", "report.html"
+JSON_FILE = "report.json"
 VERSION = 1
 _BLOCK = re.compile(r"(.*?\.\d+)\..*|(\d+)\..*")
 _NUMBERS = ("output_error", "error", "outlier", "loss", "bits", "few_rows")
@@ -41,7 +41,7 @@ def write_report(
     scores: Mapping[str, Mapping[str, float]] | None = None,
     output: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Write ``report.json`` and ``report.html`` of a quantised model; those that are there are replaced.
+    """Write ``report.json`` of a quantised model; one that is there is replaced.
 
     Args:
         folder: what :func:`weft.quantize.quantize_model` wrote.
@@ -57,10 +57,8 @@ def write_report(
 
     Raises:
         CheckpointError: the folder has no report of layers, or cannot be read.
-        OutputError: the files cannot be written.
+        OutputError: the file cannot be written.
     """
-    from weft.view.evidence import report_page
-
     root = Path(folder)
     report = make_report(
         root, before=before, seconds=seconds, layer_seconds=layer_seconds, peak_memory=peak_memory, scores=scores
@@ -69,10 +67,9 @@ def write_report(
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name, content in ((JSON_FILE, text), (PAGE_FILE, report_page(report))):
-            partial = target / f".{name}.{os.getpid()}.partial"
-            partial.write_text(content, encoding="utf-8")
-            os.replace(partial, target / name)
+        partial = target / f".{JSON_FILE}.{os.getpid()}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target / JSON_FILE)
     except OSError as error:
         raise OutputError(f"{target}: the report cannot be written ({error.strerror}).") from None
     return report

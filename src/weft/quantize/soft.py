@@ -8,6 +8,7 @@ them. What the loss is of, a layer or a block, is the business of :mod:`weft.qua
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # outputs and targets (tokens, width)
 Weights = dict[str, Tensor]
 
 
-class Soft(nn.Module):
+class Soft(nn.Module, ABC):
     """A matrix that is trained on the way to a packed weight. Subclasses give :meth:`forward` and :meth:`packed`.
 
     >>> from weft.quantize import Grid, SignRounding
@@ -35,13 +36,13 @@ class Soft(nn.Module):
     (['offset', 'lower', 'upper'], [[0, 1, 2, 3]])
     """
 
+    @abstractmethod
     def forward(self) -> Tensor:
         """The matrix (out, in), float32, with gradients to the parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def packed(self) -> Packed:
         """The packed weight that the present state stands for."""
-        raise NotImplementedError
 
     def begin(self, progress: float) -> None:
         """Before each step: the share of the steps that are done."""

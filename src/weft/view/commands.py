@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from weft.engine.progress import Progress
-from weft.errors import OutputError, RecipeError, did_you_mean
+from weft.errors import RecipeError, did_you_mean
 from weft.measure.difference import model_difference
 from weft.measure.inspection import model_statistics
 from weft.view import comparison, inspection
 from weft.view.page import diff_page, inspect_page
 from weft.view.tables import terminal_width
+from weft.view.write import write_page
 
 SHOWN = 40  # tensors in a text table unless asked otherwise
 T = TypeVar("T")
@@ -114,18 +115,8 @@ def _check(sort: str, orders: Iterable[str], limit: int | None, plot: str | os.P
 
 
 def _write_page(plot: str | os.PathLike[str] | None, build: Callable[[], str]) -> str:
-    """Write the page under its name at once and whole; a line that says so."""
-    if plot is None:
-        return ""
-    path = Path(plot).expanduser()
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(build(), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: the page cannot be written ({error.strerror}). Choose another place.") from None
-    return f"\n\nPage written to {path}"
+    """The line that says where the page is, once it is written."""
+    return "" if plot is None else f"\n\nPage written to {write_page(plot, build())}"
 
 
 def _first(rows: list[T], limit: int) -> list[T]:

@@ -12,6 +12,7 @@ from weft.errors import MissingDependencyError
 from weft.view.static import Mark, card, document, facts, paragraphs, plot, table
 from weft.view.tables import Column, number, plural, quantity
 
+REPORT_FILE, COMPARISON_FILE = "report.html", "comparison.html"  # beside the JSON files of the same name
 _WORST = 10  # layers that are shown on top
 _SCORES = {
     "perplexity": "perplexity", "nll": "nats per token", "kl": "KL to the original", "top1_agreement": "top-1 agreement",

@@ -10,6 +10,7 @@ A layer's name P is that of its module: the plain weight would be ``P.weight``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 DAMAGED = "The file is damaged, or of another kind than its config.json says; fetch both again."
 
 
-class Format:
+class Format(ABC):
     """A format; subclasses say which.
 
     Attributes:
@@ -40,9 +41,9 @@ class Format:
     marks: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
 
+    @abstractmethod
     def refuses(self, packed: Packed) -> str:
         """Why this format cannot say a packed weight, and what to do; empty where it can."""
-        raise NotImplementedError
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """The type of scales in files of a model of type ``dtype``; None: as they are."""
@@ -77,8 +78,10 @@ class Format:
         return {f"{name}.{part}": tensor.contiguous() for part, tensor in made.items()}
 
     def _write(self, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors by their endings. Not abstract: a format that is only read refuses everything, and has none."""
         raise NotImplementedError
 
+    @abstractmethod
     def config(self, layers: Mapping[str, Packed], ignored: Sequence[str]) -> dict[str, Any]:
         """The ``quantization_config`` of a model's config.json.
 
@@ -86,7 +89,6 @@ class Format:
             layers: all packed layers.
             ignored: linear layers that are not packed.
         """
-        raise NotImplementedError
 
     def files(self, layers: Mapping[str, Packed], ignored: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Further JSON files beside config.json, by name."""
@@ -96,7 +98,7 @@ class Format:
         """Whether a ``quantization_config`` is of this format."""
         return str(config.get("quant_method", "")).lower() == self.method
 
-    def check(self, config: Mapping[str, Any]) -> None:
+    def check(self, config: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ``CheckpointError`` if a configuration asks for what weft does not read."""
 
     def layers(self, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -118,10 +120,11 @@ class Format:
         """A dequantised matrix in the plain tensor's shape."""
         return weight
 
+    @abstractmethod
     def shape(self, name: str, shapes: Shapes, get: Get, config: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape of the plain tensor, from the shapes of the packed ones and little else."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, name: str, get: Get, config: Mapping[str, Any]) -> Packed:
         """The packed weight of a layer.
 
@@ -133,7 +136,6 @@ class Format:
         Raises:
             CheckpointError: tensors are missing or do not fit together.
         """
-        raise NotImplementedError
 
 
 def optional(get: Get, name: str) -> Tensor | None:

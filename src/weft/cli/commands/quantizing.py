@@ -1,4 +1,4 @@
-"""The commands about quantised models: what they take. What they do is in :mod:`weft.cli.quantize`."""
+"""Quantising a model, and judging, checking and using what came out."""
 
 from __future__ import annotations
 
@@ -6,22 +6,33 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="Folder or Hub id of a transformers model.")]
+from weft.cli.arguments import list_of, load_plugins, method_options, progress_shown
+from weft.cli.options import (
+    Force,
+    HiddenMemory,
+    Json,
+    Length,
+    Model,
+    OutputFolder,
+    Plugin,
+    Quiet,
+    Samples,
+    ShardSize,
+)
+from weft.errors import RecipeError
+
 Backend = Annotated[
-    str, typer.Option("--backend", help="How packed layers multiply: auto, dequantize, int4, int8, integer.")
+    str, typer.Option("--backend", help="How packed layers multiply: auto, dequantize, int4, int8, integer, triton.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Rows of the data, at most.")]
-Length = Annotated[int, typer.Option("--length", min=1, help="Tokens a row, at most.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows a batch.")]
+Pack = Annotated[bool, typer.Option("--pack", help="Texts one after another, without padding.")]
 
 
 def quantize(
     model: Annotated[list[str], typer.Argument(help="Folder or Hub id of a transformers model.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to make.")],
+    output: OutputFolder,
     method: Annotated[
-        str, typer.Option("--method", "-m", help="A quantiser's id; `weft methods quantize` lists them.")
+        str, typer.Option("--method", "-m", help="A quantiser's id; `weft methods shrink` lists them.")
     ] = "",
     scheme: Annotated[
         str, typer.Option("--scheme", help="A scheme's name as vLLM knows it: W4A16, W8A16, W8A8, FP8_DYNAMIC, …")
@@ -57,57 +68,42 @@ def quantize(
     samples: Samples = 128,
     length: Length = 512,
     batch_size: BatchSize = 8,
-    pack: Annotated[bool, typer.Option("--pack", help="Texts one after another, without padding.")] = False,
+    pack: Pack = False,
     seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
     evaluate: Annotated[
         str, typer.Option("--evaluate", help="Held-out samples: the report has scores against the original.")
     ] = "",
-    memory: Annotated[str, typer.Option("--memory", help="For hidden states; the rest goes to files.")] = "1GB",
-    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest output file.")] = "5GB",
+    memory: HiddenMemory = "1GB",
+    shard_size: ShardSize = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate memory and size, and write nothing.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an output that weft made; discard an unfinished run.")
-    ] = False,
+    force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    plugin: Annotated[
-        list[str] | None, typer.Option("--plugin", help="Python file with METHODS of your own; it is run.")
-    ] = None,
+    plugin: Plugin = None,
 ) -> None:
     """Quantise a model block by block into packed files, with evidence beside them.
 
     The method's own parameters are options too: --bits 4 --group-size 128 (see `weft methods awq`). A run that was stopped goes
     on where it was with the same command.
     """
-    from weft.cli.app import _load_plugins, _method_options, _progress
     from weft.cli.quantize import Request, quantize_command
-    from weft.engine.progress import default_progress
-    from weft.errors import RecipeError
     from weft.recipe.size import parse_size
 
-    _load_plugins(plugin)
-    values, names = _method_options(model, method or "rtn")
+    load_plugins(plugin)
+    values, names = method_options(model, method or "rtn")
     if len(names) != 1:
         raise RecipeError(f"weft quantize takes one model, got {names}.")
     if on_error not in ("stop", "skip"):
         raise RecipeError(f"--on-error is stop or skip, got {on_error!r}.")
+    widths = tuple(dict.fromkeys(list_of(int, bits_from, "--bits-from", "whole numbers", "3,4,8")))
     request = Request(
         names[0], output, method, scheme, values, data, statistics, file_format, where or [], head_bits, embedding_bits,
-        parse_size(target_size) if target_size else 0, target_bits, _widths(bits_from), on_error == "skip", samples, length, batch_size, pack,
+        parse_size(target_size) if target_size else 0, target_bits, widths, on_error == "skip", samples, length, batch_size, pack,
         seed, evaluate, parse_size(memory), parse_size(shard_size), force,
     )  # fmt: skip
-    with _progress(default_progress(quiet or dry_run)) as progress:
+    with progress_shown(quiet or dry_run) as progress:
         text = quantize_command(request, dry_run=dry_run, as_json=as_json, progress=progress)
     print(text)
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    from weft.errors import RecipeError
-
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise RecipeError(f"--bits-from: {text!r} is no list of whole numbers; write them like 3,4,8.") from None
 
 
 def evaluate(
@@ -117,7 +113,7 @@ def evaluate(
     samples: Samples = 128,
     length: Length = 512,
     batch_size: BatchSize = 8,
-    pack: Annotated[bool, typer.Option("--pack", help="Texts one after another, without padding.")] = False,
+    pack: Pack = False,
     backend: Backend = "auto",
     limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="Layers to show, worst first.")] = 10,
     as_json: Json = False,
@@ -125,11 +121,9 @@ def evaluate(
 ) -> None:
     """Perplexity or fidelity of a model, its distance from another, errors by layer, size and speed."""
     from weft.calibrate.data import DataOptions
-    from weft.cli.app import _progress
-    from weft.cli.quantize import evaluate_command
-    from weft.engine.progress import default_progress
+    from weft.cli.quantized import evaluate_command
 
-    with _progress(default_progress(quiet)) as progress:
+    with progress_shown(quiet) as progress:
         text = evaluate_command(
             model, data, against, DataOptions(samples, length, batch_size, pack), backend=backend, limit=limit,
             as_json=as_json, progress=progress,
@@ -144,7 +138,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Will a quantised model load, and be fast: group sizes against shards, kernels' multiples, names, schemes."""
-    from weft.cli.quantize import check_command
+    from weft.cli.quantized import check_command
 
     text, fine = check_command(model, target, tensor_parallel, as_json=as_json)
     print(text)
@@ -166,11 +160,9 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Let a language model write on, with weft's own kernels for packed layers."""
-    from weft.cli.app import _progress
-    from weft.cli.quantize import generate_command
-    from weft.engine.progress import default_progress
+    from weft.cli.quantized import generate_command
 
-    with _progress(default_progress(quiet)) as progress:
+    with progress_shown(quiet) as progress:
         generate_command(
             model, prompt, tokens=tokens, temperature=temperature, seed=seed, dtype=dtype, backend=backend, as_json=as_json,
             progress=progress,
