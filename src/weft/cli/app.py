@@ -21,7 +21,7 @@ from weft.errors import WeftError
 
 app = typer.Typer(
     name="weft",
-    help="Merge, inspect and convert neural-network weights. A weight is a function: W = f(θ).",
+    help="Merge, adapt, quantise and inspect neural-network weights. A weight is a function: W = f(θ).",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
