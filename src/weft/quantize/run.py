@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from weft.calibrate import Change, Statistics, change_model_, rewrite
 from weft.calibrate.change_model import Changed
+from weft.calibrate.describe import describe
 from weft.calibrate.rewrite import write_blocks
 from weft.calibrate.source import FromCheckpoint
 from weft.checkpoint.checkpoint import Checkpoint
@@ -166,21 +167,6 @@ def file_format(config: Change | Mapping[Any, Change]) -> str:
     """
     made = {c.file_format for c in (config.values() if isinstance(config, Mapping) else [config])}
     return made.pop() if len(made) == 1 else "weft"
-
-
-def describe(config: Change | Mapping[Any, Change]) -> dict[str, Any]:
-    """A configuration, or one for each pattern, as JSON values.
-
-    >>> from weft.quantize import RTN
-    >>> describe({"*.q_proj": RTN(bits=8)})["*.q_proj"]["bits"]
-    8
-    """
-    if isinstance(config, Mapping):
-        return {key if isinstance(key, str) else repr(key): describe(one) for key, one in config.items()}
-    return {
-        "config": type(config).__name__,
-        **(asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}),
-    }
 
 
 def as_in_files(config: Any, form: Format, model_dtype: torch.dtype) -> Any:
