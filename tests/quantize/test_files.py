@@ -4,6 +4,8 @@ import copy
 import json
 import sys
 import warnings
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "calibrate"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "packed"))
 from architectures import MODELS, build
 
 import weft
 from weft.errors import RecipeError
-from weft.packed import QuantizedEmbedding, QuantizedLinear
+from weft.packed import Packed, QuantizedEmbedding, QuantizedLinear
 from weft.quantize import GPTQ, HQQ, RTN, Codebook, load_quantized, quantize_, quantize_model
 
 FEW = "ignore:.*too few rows"
@@ -153,3 +156,33 @@ def test_quantising_what_is_quantised(tmp_path: Path) -> None:
     with weft.open(second) as one, weft.open(plain) as other:
         for name in other:
             assert torch.equal(one[name].torch(), other[name].torch().float()), name
+
+
+def test_a_check_holds_one_layer_at_a_time(tmp_path: Path) -> None:
+    """And finds what it found with all of them: it looks at outlines."""
+    from weft.quantize.serving import check_serving
+
+    _, _, folder = saved(tmp_path, "llama")
+    made = quantize_model(folder, tmp_path / "out", {"*": RTN(4, 16), "q_proj": RTN(8, 8)})
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def counted(load: Callable[[], Packed]) -> Callable[[], Packed]:
+        def loaded() -> Packed:
+            nonlocal most
+            one = load()
+            alive.append(weakref.ref(one))
+            most = max(most, sum(r() is not None for r in alive))
+            return one
+
+        return loaded
+
+    with weft.open(made) as checkpoint:
+        checkpoint.packed = {name: counted(load) for name, load in checkpoint.packed.items()}
+        found = check_serving(checkpoint)
+        assert len(alive) == len(checkpoint.packed) > 10
+    assert most == 1
+    [fused] = [f for f in found if f.level == "error"]
+    assert "one layer of q, k and v" in fused.text
+    assert {n.rpartition(".")[2] for n in fused.layers} == {"q_proj", "k_proj", "v_proj"}
+    assert any("groups of 32, 64, 128" in f.text for f in found)

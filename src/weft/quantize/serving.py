@@ -17,6 +17,7 @@ from weft.checkpoint.folder import read_json
 from weft.errors import RecipeError, did_you_mean
 from weft.packed.form import Packed
 from weft.packed.forms import Activations, Affine, Minifloat
+from weft.packed.outline import describe, outline
 
 TARGETS = ("vllm", "transformers", "llama.cpp")
 READS = {  # quant_method of files that a program loads
@@ -104,7 +105,7 @@ def _engine(checkpoint: Checkpoint, target: str, shares: int) -> Iterator[Findin
         return
     if target == "transformers" and method in PACKAGES:
         yield Finding("note", f"transformers needs {PACKAGES[method]} beside it for this.")
-    packed = {name: load() for name, load in checkpoint.packed.items()}
+    packed = {name: outline(describe(load())) for name, load in checkpoint.packed.items()}  # one at a time in memory
     yield from _names(checkpoint, packed, settings)
     yield from _experts(packed, target)
     if target == "vllm":
