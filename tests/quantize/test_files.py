@@ -186,3 +186,25 @@ def test_a_check_holds_one_layer_at_a_time(tmp_path: Path) -> None:
     assert "one layer of q, k and v" in fused.text
     assert {n.rpartition(".")[2] for n in fused.layers} == {"q_proj", "k_proj", "v_proj"}
     assert any("groups of 32, 64, 128" in f.text for f in found)
+
+
+def test_rows_of_a_layer_are_packed_apart() -> None:
+    """Of every form that has rows, without packing the whole; the blocks of a matrix stay where rows are whole ones."""
+    from packed_weights import every_form, minifloat
+
+    from weft.packed import Lookup, Minifloat
+    from weft.quantize.files import _rows
+
+    for name, one in every_form().items():
+        rows, weight = one.shape[0], one.dequantize()
+        for start, stop in ((0, 8), (8, rows), (5, 6)):
+            part = _rows(one, start, stop)
+            turned = name in ("transposed", "permuted") or (name == "activations")
+            if part is None:
+                assert turned or isinstance(one, Lookup), name
+            else:
+                torch.testing.assert_close(part.dequantize(), weight[start:stop], rtol=1e-6, atol=1e-6)
+    blocks = minifloat("e4m3", (128, 128), out=256)
+    part = _rows(blocks, 128, 256)
+    assert isinstance(part, Minifloat)
+    assert (part.block, part.scale.shape) == ((128, 128), (1, 3))
