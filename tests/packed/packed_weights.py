@@ -22,7 +22,7 @@ from weft.packed import (
     Vectors,
 )
 from weft.packed.formats import find_format
-from weft.packed.forms import dynamic_map
+from weft.packed.levels import dynamic_map
 
 E8M0 = torch.float8_e8m0fnu
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from weft.errors import CheckpointError
 from weft.packed import Activations, Affine, Binary, Lookup, LowRank, Minifloat, Packed, Transposed, Vectors, unpack
 from weft.packed.form import FORMS
-from weft.packed.forms import dynamic_map, quantize_inputs
+from weft.packed.levels import dynamic_map, quantize_inputs
 
 MADE = every_form()
 
@@ -94,7 +94,7 @@ def test_values_are_their_formulas() -> None:
 
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
 def test_levels_are_those_of_torch(kind: str) -> None:
-    from weft.packed.forms import minifloat_levels
+    from weft.packed.levels import minifloat_levels
 
     mine = minifloat_levels(kind)
     dtype = torch.float8_e4m3fn if kind == "e4m3" else torch.float8_e5m2

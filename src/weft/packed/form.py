@@ -5,7 +5,7 @@
     same = unpack(tensors, settings)
 
 In memory the codes of a form are plain integers, one in an element; :meth:`Packed.tensors` packs them. Forms nest: a matrix
-that was quantised along its outputs is :class:`~weft.packed.forms.Transposed` of one quantised along its inputs.
+that was quantised along its outputs is :class:`~weft.packed.around.Transposed` of one quantised along its inputs.
 """
 
 from __future__ import annotations
@@ -100,3 +100,13 @@ def unpack(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Packed
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"A packed weight of the form {form!r} is damaged or incomplete: {error!r}.") from None
+
+
+def check(holds: bool, why: str) -> None:
+    """What forms say of tensors and facts that do not fit together.
+
+    Raises:
+        CheckpointError: it does not hold.
+    """
+    if not holds:
+        raise CheckpointError(f"A packed weight is damaged: {why}.")

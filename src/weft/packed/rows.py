@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from weft.packed.around import Activations
 from weft.packed.form import Packed, unpack
-from weft.packed.forms import NESTED, Activations, Affine, Minifloat, dynamic_map, minifloat_levels
+from weft.packed.forms import Affine, Minifloat
+from weft.packed.levels import NESTED, dynamic_map, minifloat_levels
 
 Parts: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
 Rows: TypeAlias = slice | Tensor

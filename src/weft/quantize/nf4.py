@@ -33,7 +33,7 @@ from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Lookup
-from weft.packed.forms import NESTED, dynamic_map, in_blocks
+from weft.packed.levels import NESTED, dynamic_map, in_blocks
 
 # quantiles are transcendental: the numbers, to the last bit of float32, are what files mean
 NF4 = (

@@ -15,8 +15,9 @@ from typing import Any
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.folder import read_json
 from weft.errors import RecipeError, did_you_mean
+from weft.packed.around import Activations
 from weft.packed.form import Packed
-from weft.packed.forms import Activations, Affine, Minifloat
+from weft.packed.forms import Affine, Minifloat
 from weft.packed.outline import describe, outline
 
 TARGETS = ("vllm", "transformers", "llama.cpp")

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from weft.errors import CheckpointError
+from weft.packed.around import Activations
 from weft.packed.bits import unpack_bits
 from weft.packed.form import Packed
 from weft.packed.formats.format import DAMAGED, Get, Shapes, check_groups, expect, number, optional, required, shape_of
 from weft.packed.formats.grids import by_group, signed_affine
 from weft.packed.formats.groups import scheme_of
 from weft.packed.formats.nibbles import unpack_low_first
-from weft.packed.forms import Activations, Affine, Minifloat
+from weft.packed.forms import Affine, Minifloat
 
 
 def plain_shape(name: str, shapes: Shapes, get: Get, config: Mapping[str, Any]) -> tuple[int, ...]:

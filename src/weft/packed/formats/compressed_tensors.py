@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from weft.packed.around import Activations
 from weft.packed.bits import pack_bits
 from weft.packed.form import Packed
 from weft.packed.formats.compressed_read import plain_shape, read_layer
@@ -32,7 +33,7 @@ from weft.packed.formats.format import Format, Get, Shapes
 from weft.packed.formats.grids import is_symmetric, not_whole, unsigned
 from weft.packed.formats.groups import Scheme, check_config, make_groups
 from weft.packed.formats.nibbles import pack_low_first
-from weft.packed.forms import Activations, Affine, Minifloat
+from weft.packed.forms import Affine, Minifloat
 
 FLOATS = {"nvfp4-pack-quantized": (16, torch.float8_e4m3fn), "mxfp4-pack-quantized": (32, torch.float8_e8m0fnu)}
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import CheckpointError
+from weft.packed.around import Permuted
 from weft.packed.bits import WORD, pack_bits, unpack_bits
 from weft.packed.form import Packed
 from weft.packed.formats.format import (
@@ -38,7 +39,7 @@ from weft.packed.formats.format import (
     shape_of,
 )
 from weft.packed.formats.grids import by_group, is_symmetric, not_whole, unsigned
-from weft.packed.forms import Affine, Permuted
+from weft.packed.forms import Affine
 
 BITS = (2, 3, 4, 8)
 

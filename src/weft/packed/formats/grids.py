@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.packed.around import Activations, LowRank, Permuted, Transposed
 from weft.packed.form import Packed
-from weft.packed.forms import Activations, Affine, Lookup, LowRank, Minifloat, Permuted, Transposed
+from weft.packed.forms import Affine, Lookup, Minifloat
 
 
 def of_scales(packed: Packed) -> dict[str, Tensor]:
