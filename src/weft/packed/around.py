@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from weft.packed.form import Packed, check, unpack
+from weft.packed.form import Packed, bytes_of, check, unpack
 
 
 class _Around(Packed):
@@ -34,6 +34,10 @@ class _Around(Packed):
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"inner_{name}": tensor for name, tensor in self.inner.tensors().items()}
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
 
     def settings(self) -> dict[str, Any]:
         return {"form": self.form, "inner": self.inner.settings()}
@@ -98,6 +102,10 @@ class Permuted(_Around):
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "order": self.order.to(torch.int32).contiguous()}
 
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + torch.int32.itemsize * self.order.numel()
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
         inner, order = _inner(tensors, settings), tensors["order"]
@@ -126,6 +134,10 @@ class LowRank(_Around):
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "left": self.left.contiguous(), "right": self.right.contiguous()}
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + bytes_of(self.left, self.right)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
@@ -158,6 +170,10 @@ class Activations(_Around):
     def tensors(self) -> dict[str, Tensor]:
         made = super().tensors()
         return made if self.input_scale is None else {**made, "input_scale": self.input_scale}
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + bytes_of(self.input_scale)
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "kind": self.kind, **({"group_size": self.group_size} if self.group_size else {})}

@@ -86,6 +86,19 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     return made.flatten(1)[:, :count].contiguous()
 
 
+def packed_bytes(rows: int, count: int, bits: int) -> int:
+    """Bytes of the words that :func:`pack_bits` makes.
+
+    Args:
+        rows, count: of the codes.
+        bits: of a code.
+
+    >>> packed_bytes(2, 9, 4), pack_bits(torch.zeros(2, 9, dtype=torch.int32), 4).nbytes
+    (16, 16)
+    """
+    return rows * -(-count * bits // WORD) * (WORD // 8)
+
+
 def _period(bits: int) -> tuple[int, int]:
     """After how many codes, and words, a code begins with a word again."""
     for period in (1, 2, 4, 8, 16, 32):

@@ -22,8 +22,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from weft.packed.bits import pack_bits, unpack_bits
-from weft.packed.form import Packed, check
+from weft.packed.bits import pack_bits, packed_bytes, unpack_bits
+from weft.packed.form import Packed, bytes_of, check
 from weft.packed.levels import MINIFLOATS, NESTED, dynamic_map, in_blocks, minifloat_levels
 from weft.packed.levels import quantize_inputs as quantize_inputs  # where it was
 
@@ -71,11 +71,20 @@ class Affine(Packed):
 
     def tensors(self) -> dict[str, Tensor]:
         made = {"codes": pack_bits(self.codes.int() - self.low, self.bits), "scale": self.scale.contiguous()}
+        zero = self._stored_zero()
+        return made if zero is None else {**made, "zero": zero}
+
+    @property
+    def nbytes(self) -> int:
+        return packed_bytes(*self.shape, self.bits) + bytes_of(self.scale, self._stored_zero())
+
+    def _stored_zero(self) -> Tensor | None:
+        """Zero points as files have them: none, in bytes counted from 0, or as they are."""
         if not self.zero.count_nonzero():
-            return made
+            return None
         shifted = self.zero.double() - self.low
         whole = bool((shifted == shifted.round()).all()) and float(shifted.min()) >= 0 and float(shifted.max()) < 256
-        return {**made, "zero": shifted.to(torch.uint8) if whole else self.zero.contiguous()}
+        return shifted.to(torch.uint8) if whole else self.zero.contiguous()
 
     def settings(self) -> dict[str, Any]:
         return {"form": self.form, "bits": self.bits, "low": self.low, "columns": self.shape[1]}
@@ -150,6 +159,11 @@ class Minifloat(Packed):
         made = {"codes": codes, "scale": self.scale.contiguous()}
         return made if self.global_scale is None else {**made, "global_scale": self.global_scale}
 
+    @property
+    def nbytes(self) -> int:
+        codes = self.codes.nbytes if self.bits == 8 else packed_bytes(*self.shape, self.bits)
+        return codes + bytes_of(self.scale, self.global_scale)
+
     def settings(self) -> dict[str, Any]:
         return {"form": self.form, "kind": self.kind, "block": list(self.block), "columns": self.shape[1]}
 
@@ -201,7 +215,7 @@ class Lookup(Packed):
     @property
     def bits(self) -> int:
         """Of a code."""
-        return max(1, (self.levels.shape[1] - 1).bit_length())
+        return _index_bits(self.levels.shape[1])
 
     def scales(self) -> Tensor:
         """The scale of each block: (blocks,), float32.
@@ -240,13 +254,18 @@ class Lookup(Packed):
         made = {"codes": codes, "levels": self.levels, "scale": self.scale}
         return {**made, **{name: t for name, t in more.items() if t is not None}}
 
+    @property
+    def nbytes(self) -> int:
+        others = bytes_of(self.levels, self.scale, self.nested_scale, self.mean, self.table)
+        return packed_bytes(*self.shape, self.bits) + others
+
     def settings(self) -> dict[str, Any]:
         return {"form": self.form, "block_size": self.block_size, "columns": self.shape[1]}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
         levels, columns, block_size = tensors["levels"], int(settings["columns"]), int(settings["block_size"])
-        codes = unpack_bits(tensors["codes"], max(1, (levels.shape[1] - 1).bit_length()), columns)
+        codes = unpack_bits(tensors["codes"], _index_bits(levels.shape[1]), columns)
         check(int(codes.max()) < levels.shape[1], "a code has no level")
         scale, nested, mean = tensors["scale"], tensors.get("nested_scale"), tensors.get("mean")
         check(scale.shape == (-(-codes.numel() // block_size),), "scales do not fit the blocks")
@@ -309,10 +328,16 @@ class Vectors(Packed):
     def tensors(self) -> dict[str, Tensor]:
         made = {}
         for number, (book, one) in enumerate(zip(self.codebooks, self.indices)):
-            made[f"indices_{number}"] = pack_bits(one, max(1, (book.shape[1] - 1).bit_length()))
+            made[f"indices_{number}"] = pack_bits(one, _index_bits(book.shape[1]))
             made[f"codebook_{number}"] = book.contiguous()
         more = {"table": self.table, "scale": self.scale, "offset": self.offset}
         return {**made, **{name: t for name, t in more.items() if t is not None}}
+
+    @property
+    def nbytes(self) -> int:
+        _, rows, pieces = self.indices.shape
+        indices = sum(packed_bytes(rows, pieces, _index_bits(book.shape[1])) for book in self.codebooks)
+        return indices + bytes_of(*self.codebooks, self.table, self.scale, self.offset)
 
     def settings(self) -> dict[str, Any]:
         return {"form": self.form, "columns": self.columns, "stages": len(self.codebooks)}
@@ -323,7 +348,7 @@ class Vectors(Packed):
         books = tuple(tensors[f"codebook_{i}"] for i in range(stages))
         pieces = -(-columns // books[0].shape[2])
         indices = [
-            unpack_bits(tensors[f"indices_{i}"], max(1, (b.shape[1] - 1).bit_length()), pieces).to(torch.int32)
+            unpack_bits(tensors[f"indices_{i}"], _index_bits(b.shape[1]), pieces).to(torch.int32)
             for i, b in enumerate(books)
         ]
         check(all(int(one.max()) < b.shape[1] for one, b in zip(indices, books)), "an index has no entry")
@@ -375,6 +400,10 @@ class Binary(Packed):
         words = torch.stack([pack_bits(sign.int(), 1) for sign in self.signs])
         return {"signs": words, "alpha": self.alpha.contiguous()}
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.signs) * packed_bytes(*self.shape, 1) + bytes_of(self.alpha)
+
     def settings(self) -> dict[str, Any]:
         return {"form": self.form, "block": list(self.block), "columns": self.shape[1]}
 
@@ -385,6 +414,11 @@ class Binary(Packed):
         expected = (len(signs), -(-signs.shape[1] // block[0]), -(-columns // block[1]))
         check(tensors["alpha"].shape == expected, f"alpha is not {list(expected)}")
         return cls(signs, tensors["alpha"], (block[0], block[1]))
+
+
+def _index_bits(entries: int) -> int:
+    """Bits of an index into so many entries."""
+    return max(1, (entries - 1).bit_length())
 
 
 def _spread(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
