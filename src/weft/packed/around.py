@@ -187,3 +187,14 @@ class Activations(_Around):
         scale = tensors.get("input_scale")
         check(scale is None or scale.dim() == 0, "the scale of inputs is no single number")
         return cls(inner, kind, scale, group_size)
+
+
+def within(packed: Packed, kind: type[Packed]) -> Packed:
+    """What a form of that kind is put around; the packed weight itself where it is of another.
+
+    >>> from weft.packed import Affine
+    >>> grid = Affine(torch.ones(1, 2, dtype=torch.int16), torch.ones(1, 1), torch.zeros(1, 1), 4, 0)
+    >>> within(Activations(grid, "int8"), Activations) is within(grid, Activations) is grid
+    True
+    """
+    return packed.inner if isinstance(packed, _Around) and isinstance(packed, kind) else packed

@@ -15,7 +15,7 @@ from typing import Any
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.folder import read_json
 from weft.errors import RecipeError, did_you_mean
-from weft.packed.around import Activations
+from weft.packed.around import Activations, within
 from weft.packed.form import Packed
 from weft.packed.forms import Affine, Minifloat
 from weft.packed.outline import describe, outline
@@ -181,7 +181,7 @@ def _shares(packed: Mapping[str, Packed], shares: int) -> Iterator[Finding]:
     """Each GPU's part must be whole groups."""
     uneven, groups = [], []
     for name, one in packed.items():
-        inner = one.inner if isinstance(one, Activations) else one
+        inner = within(one, Activations)
         rows, columns = one.shape
         if name.rpartition(".")[2] in ROW_PARALLEL:
             if columns % shares:
@@ -245,7 +245,7 @@ def _tables(checkpoint: Checkpoint, packed: Mapping[str, Packed], target: str) -
 
 
 def _scheme(packed: Packed) -> str:
-    inner = packed.inner if isinstance(packed, Activations) else packed
+    inner = within(packed, Activations)
     facts: dict[str, Any] = {"form": inner.form}
     if isinstance(inner, Affine):
         facts |= {"bits": inner.bits, "group": inner.group_size < inner.shape[1] and inner.group_size}

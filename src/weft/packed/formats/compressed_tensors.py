@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from weft.packed.around import Activations
+from weft.packed.around import Activations, within
 from weft.packed.bits import pack_bits
 from weft.packed.form import Packed
 from weft.packed.formats.compressed_read import plain_shape, read_layer
@@ -110,7 +110,7 @@ class PackQuantized(CompressedTensors):
     name: ClassVar[str] = "pack-quantized"
 
     def refuses(self, packed: Packed) -> str:
-        inner = packed.inner if isinstance(packed, Activations) else packed
+        inner = within(packed, Activations)
         if not isinstance(inner, Affine):
             return f"it holds grids of whole numbers, not {inner.form}. Take {_other(inner)}."
         if not 2 <= inner.bits <= 8:
@@ -118,7 +118,7 @@ class PackQuantized(CompressedTensors):
         return not_whole(inner)
 
     def _write(self, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
-        inner = packed.inner if isinstance(packed, Activations) else packed
+        inner = within(packed, Activations)
         assert isinstance(inner, Affine)
         codes, zero = unsigned(inner)
         made = {"weight_packed": pack_bits(codes, inner.bits), "weight_scale": inner.scale}
@@ -158,7 +158,7 @@ class FloatQuantized(CompressedTensors):
     name: ClassVar[str] = "float-quantized"
 
     def refuses(self, packed: Packed) -> str:
-        inner = packed.inner if isinstance(packed, Activations) else packed
+        inner = within(packed, Activations)
         if not isinstance(inner, Minifloat) or inner.kind != "e4m3" or inner.global_scale is not None:
             return f"it holds floats of the kind e4m3, not {inner.form}. Take {_other(inner)}."
         if isinstance(packed, Activations) and packed.kind != "e4m3":
@@ -166,7 +166,7 @@ class FloatQuantized(CompressedTensors):
         return ""
 
     def _write(self, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
-        inner = packed.inner if isinstance(packed, Activations) else packed
+        inner = within(packed, Activations)
         assert isinstance(inner, Minifloat)
         strategy = self.scheme(inner).weights["strategy"]
         scale = inner.scale.reshape(1) if strategy == "tensor" else inner.scale
