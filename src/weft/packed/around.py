@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from weft.packed.form import Packed, bytes_of, check, unpack
+from weft.packed.bits import bytes_of, check
+from weft.packed.form import Packed, unpack
 
 
 class _Around(Packed):

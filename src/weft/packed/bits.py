@@ -110,3 +110,22 @@ def _period(bits: int) -> tuple[int, int]:
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 16:
         raise RecipeError(f"Codes have 1 to 16 bits, got {bits}.")
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    """Bytes of those tensors that there are.
+
+    >>> bytes_of(torch.ones(3), None)
+    12
+    """
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def check(holds: bool, why: str) -> None:
+    """What forms say of tensors and facts that do not fit together.
+
+    Raises:
+        CheckpointError: it does not hold.
+    """
+    if not holds:
+        raise CheckpointError(f"A packed weight is damaged: {why}.")

@@ -63,7 +63,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors in a file; forms that pack bits say it without packing them."""
+        """Bytes of its tensors in a file."""
         return sum(t.nbytes for t in self.tensors().values())
 
     @property
@@ -100,23 +100,3 @@ def unpack(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Packed
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"A packed weight of the form {form!r} is damaged or incomplete: {error!r}.") from None
-
-
-def bytes_of(*tensors: Tensor | None) -> int:
-    """Bytes of those tensors that there are.
-
-    >>> import torch
-    >>> bytes_of(torch.ones(3), None)
-    12
-    """
-    return sum(t.nbytes for t in tensors if t is not None)
-
-
-def check(holds: bool, why: str) -> None:
-    """What forms say of tensors and facts that do not fit together.
-
-    Raises:
-        CheckpointError: it does not hold.
-    """
-    if not holds:
-        raise CheckpointError(f"A packed weight is damaged: {why}.")

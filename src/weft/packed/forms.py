@@ -22,8 +22,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from weft.packed.bits import pack_bits, packed_bytes, unpack_bits
-from weft.packed.form import Packed, bytes_of, check
+from weft.packed.bits import bytes_of, check, pack_bits, packed_bytes, unpack_bits
+from weft.packed.form import Packed
 from weft.packed.levels import MINIFLOATS, NESTED, dynamic_map, in_blocks, minifloat_levels
 from weft.packed.levels import quantize_inputs as quantize_inputs  # where it was
 
