@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weft.packed.bits import bytes_of, check
 from weft.packed.form import Packed, unpack
+from weft.packed.levels import INPUTS, MICROSCALED
 
 
 class _Around(Packed):
@@ -153,9 +154,11 @@ class Activations(_Around):
 
     Attributes:
         inner: the form.
-        kind: int8 (−128 … 127) or e4m3.
-        input_scale: 0-d float32 for all inputs; None: each row of inputs (token) has its own, from its largest value.
-        group_size: consecutive columns of a row of inputs that share a scale where ``input_scale`` is None; 0: all.
+        kind: int8 (−128 … 127), int4 (−8 … 7), e4m3; or nvfp4, mxfp4, mxfp8, whose groups of columns have scales in 8 bits.
+        input_scale: 0-d floating point for all inputs; None: each row of inputs (token) has its own, from its largest value.
+            Of nvfp4 what the scales of groups are multiples of; mxfp4 and mxfp8 have none.
+        group_size: consecutive columns of a row of inputs that share a scale where ``input_scale`` is None; 0: all, or the
+            groups that the kind has.
     """
 
     form: ClassVar[str] = "activations"
@@ -182,10 +185,12 @@ class Activations(_Around):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
         kind, inner, group_size = str(settings["kind"]), _inner(tensors, settings), int(settings.get("group_size", 0))
-        check(kind in ("int8", "e4m3"), f"inputs of {kind} are not known")
+        check(kind in INPUTS, f"inputs of {kind} are not known")
         check(group_size >= 0, "groups of inputs do not divide")
-        check(not group_size or inner.shape[1] % group_size == 0, "groups of inputs do not divide")
+        size = MICROSCALED[kind][1] if kind in MICROSCALED else group_size
+        check(not size or inner.shape[1] % size == 0, "groups of inputs do not divide")
         scale = tensors.get("input_scale")
+        check(kind not in MICROSCALED or (scale is not None) is (kind == "nvfp4"), f"inputs of {kind} with that scale")
         check(scale is None or scale.dim() == 0, "the scale of inputs is no single number")
         return cls(inner, kind, scale, group_size)
 
