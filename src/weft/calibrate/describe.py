@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 
@@ -14,7 +14,7 @@ def describe(config: Any) -> dict[str, Any]:
         config: a :class:`weft.calibrate.Change`, or a mapping from selectors to these.
 
     Returns:
-        The class under ``config`` beside its fields; a dictionary of these for a mapping.
+        The class under ``config`` beside its fields; the same of configurations within; a dictionary of these for a mapping.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -25,5 +25,7 @@ def describe(config: Any) -> dict[str, Any]:
     """
     if isinstance(config, Mapping):
         return {key if isinstance(key, str) else repr(key): describe(one) for key, one in config.items()}
-    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
-    return {"config": type(config).__name__, **values}
+    if not is_dataclass(config) or isinstance(config, type):
+        return {"config": type(config).__name__}
+    within = {f.name: describe(v) for f in fields(config) if is_dataclass(v := getattr(config, f.name))}
+    return {"config": type(config).__name__, **asdict(config), **within}

@@ -25,13 +25,15 @@ from weft.function.where import Selector
 from weft.packed.formats import Format, find_format
 from weft.packed.replace import replace_
 from weft.quantize.files import PackedFiles
+from weft.quantize.inputs import QuantizedInputs
+from weft.quantize.schemes import find_scheme
 
 AUTO, DENSE = "auto", "dense"
 
 
 def quantize_(
     model: nn.Module,
-    config: Change | Mapping[Any, Change],
+    config: Change | Mapping[Any, Change] | str,
     calibration: Iterable[Any] | None = None,
     *,
     where: Selector = "*",
@@ -50,8 +52,8 @@ def quantize_(
 
     Args:
         model: any module; of a model without a list of blocks, all layers are quantised with the inputs of the original.
-        config: a quantiser's configuration (:mod:`weft.quantize`), or a mapping from selectors (:mod:`weft.function.where`)
-            to these, of which the most specific decides. Layers outside of blocks (embeddings, the output head) are chosen
+        config: a quantiser's configuration (:mod:`weft.quantize`), the name of a scheme (:mod:`weft.quantize.schemes`), or a
+            mapping from selectors (:mod:`weft.function.where`) to configurations, of which the most specific decides. Layers outside of blocks (embeddings, the output head) are chosen
             only by selectors that name them.
         calibration: batches, each a tensor, a tuple of positional or a mapping of named arguments; None for methods that
             need none.
@@ -80,6 +82,8 @@ def quantize_(
     >>> type(model[0]).__name__, sorted(made.report)
     ('QuantizedLinear', ['0', '2'])
     """
+    if isinstance(config, str):
+        config = find_scheme(config).config()
     made = change_model_(
         model, calibration, config, where=where, statistics=statistics, blocks=blocks, seed=seed, skip_errors=skip_errors,
         memory=memory, progress=progress,
@@ -94,7 +98,7 @@ def quantize_(
 def quantize_model(
     model: Checkpoint | str | Path,
     output: str | os.PathLike[str],
-    config: Change | Mapping[Any, Change],
+    config: Change | Mapping[Any, Change] | str,
     batches: Iterable[Any] | None = None,
     *,
     format: str = AUTO,
@@ -121,8 +125,8 @@ def quantize_model(
         output: the folder.
         config, where, statistics, seed, skip_errors, memory: see :func:`quantize_`.
         batches: calibration data.
-        format: of the files (:data:`weft.packed.formats.FORMATS`); ``auto``: the one that most programs load and that says
-            what the configuration makes; ``dense``: the model's own type, with weights that are the quantised values.
+        format: of the files (:data:`weft.packed.formats.FORMATS`); ``auto``: that of the scheme, or the one that most
+            programs load and that says what the configuration makes; ``dense``: the model's own type, with weights that are the quantised values.
         recipe, shard_bytes, force, check, progress: see :func:`weft.calibrate.rewrite`.
         timings: receives the seconds of each layer.
 
@@ -134,6 +138,10 @@ def quantize_model(
         CheckpointError: the model cannot be read or walked.
         OutputError: the output exists or cannot be written.
     """
+    if isinstance(config, str):
+        scheme = find_scheme(config)
+        config, format = scheme.config(), scheme.file_format if format == AUTO else format
+        recipe = {"scheme": scheme.name, **(recipe or describe(config))}
     recipe = {"format": format, **(recipe or describe(config))}
     if format == DENSE:
         return rewrite(
@@ -178,6 +186,8 @@ def as_in_files(config: Any, form: Format, model_dtype: torch.dtype) -> Any:
 def _with_scales(config: Any, dtype: str) -> Any:
     if isinstance(config, Mapping):
         return {key: _with_scales(one, dtype) for key, one in config.items()}
+    if isinstance(config, QuantizedInputs):
+        return replace(config, weights=_with_scales(config.weights, dtype))
     known = {f.name: f.default for f in fields(config)} if is_dataclass(config) else {}
     if "scale_dtype" in known and config.scale_dtype == known["scale_dtype"]:
         return replace(config, scale_dtype=dtype)

@@ -7,7 +7,6 @@ not load, or not compute what it should), warnings (it loads and is slow, or onl
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from weft.packed.around import Activations, within
 from weft.packed.form import Packed
 from weft.packed.forms import Affine, Minifloat
 from weft.packed.outline import describe, outline
+from weft.quantize.fused import fused_layers
 
 TARGETS = ("vllm", "transformers", "llama.cpp")
 READS = {  # quant_method of files that a program loads
@@ -31,12 +31,6 @@ PACKAGES = {
     "awq": "gptqmodel",
     "bitsandbytes": "bitsandbytes",
 }
-FUSED = (  # layers that vLLM makes one of, by the ends of their names
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
-    ("w1", "w3"),
-)
 ROW_PARALLEL = ("o_proj", "down_proj", "w2", "out_proj", "dense", "fc2", "c_proj")  # GPUs share their inputs
 COLUMNS, INPUTS = 64, 128  # multiples of outputs and inputs that Marlin's kernels take
 GROUPS = (32, 64, 128)  # group sizes of Marlin's kernels; a whole row too
@@ -161,13 +155,9 @@ def _experts(packed: Mapping[str, Packed], target: str) -> Iterator[Finding]:
 def _fused(packed: Mapping[str, Packed]) -> Iterator[Finding]:
     """Layers that are one in vLLM need one scheme."""
     wrong = []
-    for parts in FUSED:
-        groups: dict[str, dict[str, str]] = defaultdict(dict)
-        for name, one in packed.items():
-            prefix, _, leaf = name.rpartition(".")
-            if leaf in parts:
-                groups[prefix][name] = _scheme(one)
-        wrong += [n for members in groups.values() if len(set(members.values())) > 1 for n in members]
+    for names in fused_layers(packed):
+        if len({_scheme(packed[n]) for n in names}) > 1:
+            wrong += names
     if wrong:
         yield Finding(
             "error",
