@@ -253,6 +253,17 @@ def test_gptq_makes_schemes_of_whole_numbers(scheme: str, folder: Path, tmp_path
         assert torch.equal(opened[name].torch().bfloat16(), model.state_dict()[name].bfloat16())
 
 
+def test_vllm_takes_some_inputs_only(folder: Path, tmp_path: Path) -> None:
+    from weft.quantize.serving import check_serving
+
+    for name, fine in (("W4A8", True), ("W8A8", True), ("W4AFP8", True), ("W3A8", False), ("W4A4", False)):
+        with weft.open(quantize_model(folder, tmp_path / name, name)) as checkpoint:
+            errors = [f.text for f in check_serving(checkpoint) if f.level == "error"]
+            assert bool(errors) is not fine, (name, errors)
+            assert not [f for f in check_serving(checkpoint, "transformers") if f.level == "error"]
+    assert "--scheme W8A8, W4A8 or W4AFP8" in errors[0]
+
+
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(RecipeError, match="groups of 16"):
         NVFP4().fit("a", torch.ones(2, 24), None)  # type: ignore[arg-type]

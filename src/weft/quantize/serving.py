@@ -107,6 +107,7 @@ def _engine(checkpoint: Checkpoint, target: str, shares: int) -> Iterator[Findin
         yield from _fused(packed)
         yield from _shares(packed, shares)
         yield from _kernels(packed, shares)
+        yield from _inputs(packed)
     yield from _tables(checkpoint, packed, target)
 
 
@@ -223,6 +224,23 @@ def _kernels(packed: Mapping[str, Packed], shares: int) -> Iterator[Finding]:
             "warning",
             f"vLLM's fast kernels take outputs in multiples of {COLUMNS} and inputs of {INPUTS} on each GPU; these layers run on slow ones.",
             tuple(shapes),
+        )
+
+
+def _inputs(packed: Mapping[str, Packed]) -> Iterator[Finding]:
+    """Quantised inputs go with some weights only."""
+    wrong = []
+    for name, one in packed.items():
+        if isinstance(one, Activations) and isinstance(one.inner, Affine):
+            whole_rows = one.inner.group_size == one.shape[1]
+            known = one.kind in ("int8", "e4m3") and (one.inner.bits == 4 or (one.inner.bits == 8 and whole_rows))
+            wrong += [] if known else [name]
+    if wrong:
+        yield Finding(
+            "error",
+            "vLLM has no products of these whole numbers with quantised inputs: it takes 8 bits with a scale a row, or 4 bits, and "
+            "inputs of 8 bits. Quantise with --scheme W8A8, W4A8 or W4AFP8.",
+            tuple(wrong),
         )
 
 
