@@ -152,7 +152,10 @@ class Minifloat(Packed):
 
     def part(self, first: int, last: int) -> Packed | None:
         blocks = _block_rows(first, last, self.block[0], self.shape[0])
-        return None if blocks is None else replace(self, codes=self.codes[first:last], scale=self.scale[blocks])
+        if blocks is None:
+            return None
+        block = (last - first, self.block[1]) if self.block == self.shape else self.block  # one scale for all stays one
+        return replace(self, codes=self.codes[first:last], scale=self.scale[blocks], block=block)
 
     def tensors(self) -> dict[str, Tensor]:
         codes = self.codes.contiguous() if self.bits == 8 else pack_bits(self.codes.int(), self.bits)

@@ -102,7 +102,7 @@ def _engine(checkpoint: Checkpoint, target: str, shares: int) -> Iterator[Findin
         yield Finding("note", f"transformers needs {PACKAGES[method]} beside it for this.")
     packed = {name: outline(describe(load())) for name, load in checkpoint.packed.items()}  # one at a time in memory
     yield from _names(checkpoint, packed, settings)
-    yield from _experts(packed, target)
+    yield from _experts(packed, settings, target)
     if target == "vllm":
         yield from _fused(packed)
         yield from _shares(packed, shares)
@@ -141,16 +141,41 @@ def _names(checkpoint: Checkpoint, packed: Mapping[str, Packed], settings: Mappi
         )
 
 
-def _experts(packed: Mapping[str, Packed], target: str) -> Iterator[Finding]:
-    wrong = tuple(
-        n for n, p in packed.items() if ".experts." in n and isinstance(p, Affine) and bool(p.zero.count_nonzero())
-    )
-    if wrong and target == "transformers":
+def _experts(packed: Mapping[str, Packed], settings: Mapping[str, Any], target: str) -> Iterator[Finding]:
+    """transformers stacks experts into one tensor as it loads them, from some layouts only."""
+    if target != "transformers" or settings.get("quant_method") != "compressed-tensors":
+        return
+    experts = {n: within(p, Activations) for n, p in packed.items() if ".experts." in n}
+    zeros = tuple(n for n, p in experts.items() if isinstance(p, Affine) and bool(p.zero.count_nonzero()))
+    if zeros:
         yield Finding(
             "error",
             "transformers takes experts apart without their zero points (an assertion fails). Quantise with --kind symmetric.",
+            zeros,
+        )
+    grids = tuple(n for n, p in experts.items() if isinstance(p, Affine) and n not in zeros)
+    if grids and settings.get("format") == "int-quantized":
+        yield Finding(
+            "error",
+            "transformers loads experts of whole numbers from packed files only. Quantise with --format pack-quantized.",
+            grids,
+        )
+    wrong = tuple(n for n, p in experts.items() if isinstance(p, Minifloat) and not _stacks(p))
+    if wrong:
+        yield Finding(
+            "error",
+            "transformers loads experts of floating-point numbers with one scale or one a row, and of MXFP4; those of NVFP4 it "
+            "loads without their global scale, which gives other weights. Quantise with --scheme FP8_DYNAMIC or MXFP4, or run it "
+            "elsewhere.",
             wrong,
         )
+
+
+def _stacks(packed: Minifloat) -> bool:
+    """Whether transformers gets an expert's weights right."""
+    if packed.bits == 4:
+        return packed.global_scale is None
+    return packed.block in (packed.shape, (1, packed.shape[1]))
 
 
 def _fused(packed: Mapping[str, Packed]) -> Iterator[Finding]:
@@ -245,11 +270,32 @@ def _inputs(packed: Mapping[str, Packed]) -> Iterator[Finding]:
 
 
 def _tables(checkpoint: Checkpoint, packed: Mapping[str, Packed], target: str) -> Iterator[Finding]:
+    from weft.packed.formats.compressed_tensors import in_bytes
     from weft.packed.formats.groups import EMBEDDINGS
 
     tables = tuple(n for n in packed if n.rpartition(".")[2] in EMBEDDINGS)
-    if tables:
-        yield Finding("error", f"{target} does not load packed embeddings. Quantise with --embedding-bits 0.", tables)
+    if not tables:
+        return
+    if target == "vllm":
+        yield Finding("error", "vLLM does not load packed embeddings. Quantise with --embedding-bits 0.", tables)
+        return
+    other = tuple(n for n in tables if not in_bytes(n, packed[n]))
+    if other:
+        yield Finding(
+            "error",
+            "transformers does not load packed embeddings, only those of 8 bits, symmetric, which are stored as bytes. Quantise "
+            "with --embedding-bits 8, or 0.",
+            other,
+        )
+    writes = any("LM" in name or "Generation" in name for name in checkpoint.config.get("architectures") or ())
+    heads = any(n.removesuffix(".weight").endswith(("lm_head", "embed_out")) for n in checkpoint)
+    if writes and checkpoint.config.get("tie_word_embeddings", not heads):
+        yield Finding(
+            "error",
+            "The output head is tied to the embeddings, and transformers would multiply by their codes. Quantise with "
+            "--embedding-bits 0.",
+            tables,
+        )
 
 
 def _scheme(packed: Packed) -> str:

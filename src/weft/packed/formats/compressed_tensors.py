@@ -33,7 +33,7 @@ from weft.packed.form import Packed
 from weft.packed.formats.compressed_read import plain_shape, read_layer
 from weft.packed.formats.format import Format, Get, Shapes
 from weft.packed.formats.grids import is_symmetric, not_whole, unsigned
-from weft.packed.formats.groups import Scheme, check_config, make_groups
+from weft.packed.formats.groups import EMBEDDINGS, Scheme, check_config, make_groups
 from weft.packed.formats.nibbles import pack_low_first
 from weft.packed.forms import Affine, Minifloat
 from weft.packed.levels import MICROSCALED
@@ -72,7 +72,17 @@ class CompressedTensors(Format):
         check_config(config)
 
     def config(self, layers: Mapping[str, Packed], ignored: Sequence[str]) -> dict[str, Any]:
-        return make_groups(self.name, {name: self.scheme(p) for name, p in layers.items()}, ignored)
+        return make_groups(self.name, self.schemes(layers), ignored)
+
+    def schemes(self, layers: Mapping[str, Packed]) -> dict[str, Scheme]:
+        """Weights and inputs of each layer. Rows that are one group are so called where groups of others are as wide."""
+        made = {name: self.scheme(p) for name, p in layers.items()}
+        sizes = {s.weights["group_size"] for s in made.values() if s.weights["strategy"] == "group"}
+        for name, found in made.items():
+            width = layers[name].shape[1]
+            if found.weights["strategy"] == "channel" and width in sizes:
+                made[name] = found._replace(weights={**found.weights, "strategy": "group", "group_size": width})
+        return made
 
     def scheme(self, packed: Packed) -> Scheme:
         """Its weights and inputs as ``config_groups`` say them."""
@@ -112,9 +122,21 @@ class CompressedTensors(Format):
 
 
 class PackQuantized(CompressedTensors):
-    """Whole numbers of 2 to 8 bits, packed."""
+    """Whole numbers of 2 to 8 bits, packed; embeddings of 8 bits as bytes, since transformers loads no packed ones."""
 
     name: ClassVar[str] = "pack-quantized"
+
+    def config(self, layers: Mapping[str, Packed], ignored: Sequence[str]) -> dict[str, Any]:
+        others = {name: IntQuantized.name for name, p in layers.items() if in_bytes(name, p)}
+        return make_groups(self.name, self.schemes(layers), ignored, others)
+
+    def write(self, name: str, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
+        made = super().write(name, packed, dtype)
+        if not in_bytes(name, packed):
+            return made
+        assert isinstance(packed, Affine)
+        codes = (unsigned(packed)[0] - 128).to(torch.int8)
+        return {f"{name}.weight": codes, f"{name}.weight_scale": made[f"{name}.weight_scale"]}
 
     def refuses(self, packed: Packed) -> str:
         inner = within(packed, Activations)
@@ -243,6 +265,17 @@ class MXFP8(SmallScales):
     """Floats of 8 bits (e4m3), a power of two for 32."""
 
     name: ClassVar[str] = "mxfp8-quantized"
+
+
+def in_bytes(name: str, packed: Packed) -> bool:
+    """Whether a layer is an embedding that files hold as bytes.
+
+    >>> grid = Affine(torch.ones(4, 2, dtype=torch.int16), torch.ones(4, 1), torch.zeros(4, 1), 8, -128)
+    >>> in_bytes("model.embed_tokens", grid), in_bytes("lm_head", grid)
+    (True, False)
+    """
+    table = name.rpartition(".")[2] in EMBEDDINGS
+    return table and isinstance(packed, Affine) and packed.bits == 8 and is_symmetric(packed)
 
 
 def _other(packed: Packed) -> str:
