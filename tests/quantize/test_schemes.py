@@ -264,7 +264,17 @@ def test_vllm_takes_some_inputs_only(folder: Path, tmp_path: Path) -> None:
     assert "--scheme W8A8, W4A8 or W4AFP8" in errors[0]
 
 
+def test_in_memory_by_name(folder: Path, tmp_path: Path) -> None:
+    model = theirs(folder)
+    quantize_(model, "NVFP4", batches())
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantizedLinear"
+    made = load_quantized(quantize_model(folder, tmp_path / "out", "NVFP4", batches()))
+    torch.testing.assert_close(logits(model), logits(made), rtol=0, atol=0)
+
+
 def test_what_cannot_be_is_said() -> None:
+    with pytest.raises(RecipeError, match=r"such as RTN\(\)"):
+        QuantizedInputs("rtn", "int8")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="groups of 16"):
         NVFP4().fit("a", torch.ones(2, 24), None)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="groups of 128, in which they are quantised"):

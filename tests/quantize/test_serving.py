@@ -15,7 +15,7 @@ from weft.quantize.serving import check_serving
 pytest.importorskip("compressed_tensors")
 
 
-def loaded(made: Path) -> Any:
+def loaded(made: Path, **options: Any) -> Any:
     """The model, after a first pass, which unpacks its weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -23,7 +23,7 @@ def loaded(made: Path) -> Any:
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(made)
+        model = AutoModelForCausalLM.from_pretrained(made, **options)
     logits(model)
     return model
 
@@ -103,3 +103,24 @@ def test_embeddings(bits: int, kind: str, tied: bool, tmp_path: Path) -> None:
         return
     assert not found
     torch.testing.assert_close(logits(mine), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "MXFP8", "FP8_DYNAMIC"])
+def test_models_in_float32(scheme: str, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    made = quantize_model(tmp_path / "model", tmp_path / "out", scheme)
+    with weft.open(made) as checkpoint:
+        warned = [f.text for f in check_serving(checkpoint, "transformers") if f.level == "warning"]
+    if scheme == "FP8_DYNAMIC":
+        assert not warned
+        loaded(made)
+        return
+    assert "dtype=torch.bfloat16" in warned[0]
+    with pytest.raises(RuntimeError, match="dtype"):
+        loaded(made)
+    loaded(made, dtype=torch.bfloat16)

@@ -20,7 +20,6 @@ Complexity: O(in) a layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +58,10 @@ class QuantizedInputs(Change):
     group_size: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, Mapping):  # as its JSON values say it
-            raise RecipeError("QuantizedInputs is around a configuration for weights, got a mapping; make that first.")
+        if not isinstance(self.weights, Change):
+            raise RecipeError(
+                f"QuantizedInputs is around a configuration for weights such as RTN(), got {self.weights!r}."
+            )
         if self.kind not in INPUTS or self.group_size < 0:
             raise RecipeError(f"Inputs are {', '.join(INPUTS)} with no negative group size, got {self!r}.")
         if self.kind in MICROSCALED and (self.group_size or (self.static and self.kind != "nvfp4")):

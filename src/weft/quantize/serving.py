@@ -108,6 +108,8 @@ def _engine(checkpoint: Checkpoint, target: str, shares: int) -> Iterator[Findin
         yield from _shares(packed, shares)
         yield from _kernels(packed, shares)
         yield from _inputs(packed)
+    else:
+        yield from _types(checkpoint, packed)
     yield from _tables(checkpoint, packed, target)
 
 
@@ -267,6 +269,24 @@ def _inputs(packed: Mapping[str, Packed]) -> Iterator[Finding]:
             "inputs of 8 bits. Quantise with --scheme W8A8, W4A8 or W4AFP8.",
             tuple(wrong),
         )
+
+
+def _types(checkpoint: Checkpoint, packed: Mapping[str, Packed]) -> Iterator[Finding]:
+    """compressed-tensors unpacks some formats to one type, whatever the model's."""
+    small = tuple(n for n, p in packed.items() if _small_scales(within(p, Activations)))
+    dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    if small and dtype.removeprefix("torch.") != "bfloat16":
+        yield Finding(
+            "warning",
+            f"The model is {dtype}, and compressed-tensors unpacks NVFP4 and MX formats to bfloat16, so that products fail. Load it "
+            "with dtype=torch.bfloat16.",
+            small,
+        )
+
+
+def _small_scales(packed: Packed) -> bool:
+    """Whether scales have eight bits, as those of NVFP4 and MX formats."""
+    return isinstance(packed, Minifloat) and packed.scale.element_size() == 1
 
 
 def _tables(checkpoint: Checkpoint, packed: Mapping[str, Packed], target: str) -> Iterator[Finding]:
