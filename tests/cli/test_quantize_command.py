@@ -92,17 +92,62 @@ def test_quantize_evaluate_and_generate(folder: Path, tmp_path: Path) -> None:
 
 
 def test_schemes_need_no_data(folder: Path, tmp_path: Path) -> None:
-    for scheme, method in (("W8A16", "compressed-tensors"), ("w4a16_asym", "compressed-tensors"), ("Q8_0", "weft")):
+    for scheme, method in (
+        ("W8A16", "compressed-tensors"), ("w4a16_asym", "compressed-tensors"), ("MXFP4", "compressed-tensors"), ("Q8_0", "weft"),
+    ):  # fmt: skip
         out = tmp_path / scheme
-        extra = ["--group-size", "32"] if "4" in scheme else []
+        extra = ["--group-size", "32"] if "A16" in scheme.upper() else []
         run("quantize", folder / "model", "--scheme", scheme, *extra, "-q", "-o", out)
         assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == method
     with weft.open(tmp_path / "W8A16") as made, weft.open(folder / "model") as before:
         name = "model.layers.0.mlp.up_proj.weight"
         error = (made[name].torch() - before[name].torch()).norm() / before[name].torch().norm()
         assert float(error) < 0.01
-    with pytest.raises(WeftError, match="no scheme 'W5A16'"):
-        run("quantize", folder / "model", "--scheme", "W5A16", "-o", tmp_path / "x")
+    with pytest.raises(WeftError, match=r"no scheme 'NVFP4A14'.*NVFP4A16"):
+        run("quantize", folder / "model", "--scheme", "NVFP4A14", "-o", tmp_path / "x")
+    with pytest.raises(WeftError, match="do not divide into groups of 128"):
+        run("quantize", folder / "model", "--scheme", "W4A16", "-q", "-o", tmp_path / "x")
+
+
+def test_schemes_with_data_and_methods(folder: Path, tmp_path: Path) -> None:
+    data = ("--data", folder / "texts.jsonl", *DATA, "--json", "-q")
+    facts = json.loads(run("quantize", folder / "model", "--scheme", "NVFP4", *data, "-o", tmp_path / "nvfp4"))
+    assert (facts["method"], facts["inputs"], facts["layers"]) == ("nvfp4", "nvfp4", 21)
+    assert facts["bits_per_weight"] == pytest.approx(4.5, abs=0.02)
+    assert run("generate", tmp_path / "nvfp4", "def f1(x):", "-n", 4, "-q").startswith("def f1(x):")
+    grid = ("--group-size", 32)
+    made = tmp_path / "w4a8"
+    facts = json.loads(run("quantize", folder / "model", "--scheme", "W4A8", *grid, *data, "-o", made))
+    assert facts["method"] == "gptq"  # there is data
+    config = json.loads((made / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "int-quantized"
+    assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+    facts = json.loads(
+        run("quantize", folder / "model", "--scheme", "W4A8", "--method", "awq", *grid, *data, "-o", tmp_path / "awq")
+    )
+    assert facts["method"] == "awq"
+    # in whole bytes nothing would be gained by fewer bits
+    chosen = (
+        "--format",
+        "pack-quantized",
+        "--target-bits",
+        6,
+        "--bits-from",
+        "4,8",
+        *grid,
+        *data,
+        "-o",
+        tmp_path / "chosen",
+    )
+    facts = json.loads(run("quantize", folder / "model", "--scheme", "W4A8", "--method", "rtn", *chosen))
+    assert set(facts["bits"].values()) == {4, 8}
+    with pytest.raises(WeftError, match=r"no gptq of it.*Leave --method out, or take.*W4A16"):
+        run("quantize", folder / "model", "--scheme", "NVFP4", "--method", "gptq", *data, "-o", tmp_path / "x")
+    with pytest.raises(WeftError, match="vptq makes no grids"):
+        run("quantize", folder / "model", "--scheme", "W4A16", "--method", "vptq", *data, "-o", tmp_path / "x")
+    with pytest.raises(WeftError, match="FP8 needs data"):
+        run("quantize", folder / "model", "--scheme", "FP8", "-q", "-o", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_bits_by_budget(folder: Path, tmp_path: Path) -> None:

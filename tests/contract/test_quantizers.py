@@ -29,13 +29,14 @@ FORBIDDEN = {
     "shiftaddllm": [
         "a quantised weight stays", "a row of zeros stays one", "groups that do not divide the inputs",
     ],
+    "mx": ["zeros and constants are harmless", "one row and one column"],
     "vptq": ["a row of zeros stays one"],
     "vq4dit": ["a row of zeros stays one"],
 }  # fmt: skip
 
 
 def test_rows() -> None:
-    assert set(ROWS) == {*REFIT, *FORBIDDEN, "adadim", "fp8", "rtn", "smoothquant", "w8a8"}
+    assert set(ROWS) == {*REFIT, *FORBIDDEN, "adadim", "fp8", "fp8_block", "nvfp4", "rtn", "smoothquant", "w8a8"}
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))

@@ -22,7 +22,7 @@ from weft.packed import (
     Vectors,
 )
 from weft.packed.formats import find_format
-from weft.packed.forms import dynamic_map
+from weft.packed.levels import dynamic_map
 
 E8M0 = torch.float8_e8m0fnu
 
@@ -105,6 +105,8 @@ def every_form() -> dict[str, Packed]:
         "activations": Activations(Transposed(low), "int8"),
         "static": Activations(grid, "e4m3", torch.tensor(0.5)),
         "groups of inputs": Activations(grid, "e4m3", None, 32),
+        "inputs in nvfp4": Activations(grid, "nvfp4", torch.tensor(0.01).double()),
+        "inputs in mxfp4": Activations(grid, "mxfp4"),
     }
 
 
@@ -136,6 +138,12 @@ def cases() -> list[tuple[str, Packed]]:
     made.append(("float-quantized", Activations(minifloat("e4m3", (128, 64)), "e4m3", None, 64)))
     made.append(("nvfp4-pack-quantized", minifloat("e2m1", (1, 16), dtype=torch.float8_e4m3fn, global_scale=common)))
     made.append(("mxfp4-pack-quantized", minifloat("e2m1", (1, 32), dtype=E8M0)))
+    made.append(("mxfp8-quantized", minifloat("e4m3", (1, 32), dtype=E8M0)))
+    nvfp4, mxfp4, mxfp8 = (one for _, one in made[-3:])
+    made.append(("nvfp4-pack-quantized", Activations(nvfp4, "nvfp4", 1 / torch.tensor(91.37).double())))
+    made += [("mxfp4-pack-quantized", Activations(mxfp4, "mxfp4")), ("mxfp8-quantized", Activations(mxfp8, "mxfp8"))]
+    made += [("int-quantized", Activations(affine(4, 32), kind)) for kind in ("int4", "e4m3")]
+    made += [("pack-quantized", Activations(affine(4, 32), kind)) for kind in ("int4", "e4m3")]
     blocks = minifloat("e4m3", (128, 128), out=256, columns=384, dtype=torch.float32)
     whole_float = minifloat("e4m3", (200, 320), dtype=torch.float32)
     made += [("fp8", Activations(blocks, "e4m3", None, 128)), ("fp8", Activations(blocks, "e4m3", torch.tensor(0.5)))]

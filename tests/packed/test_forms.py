@@ -12,7 +12,7 @@ from torch import Tensor
 from weft.errors import CheckpointError
 from weft.packed import Activations, Affine, Binary, Lookup, LowRank, Minifloat, Packed, Transposed, Vectors, unpack
 from weft.packed.form import FORMS
-from weft.packed.forms import dynamic_map, quantize_inputs
+from weft.packed.levels import dynamic_map, quantize_inputs
 
 MADE = every_form()
 
@@ -64,6 +64,33 @@ def test_parts_are_rows(made: Packed) -> None:
     assert apart is not isinstance(made.inner if isinstance(made, Activations) else made, Transposed | LowRank)
 
 
+def test_bytes_are_those_of_files_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every width and odd shapes; the bits are not packed to know how many bytes they take."""
+    from weft.packed import Permuted, forms
+
+    made: list[Packed] = list(MADE.values())
+    for out, columns in ((1, 1), (3, 7), (5, 33), (2, 100)):
+        order = torch.arange(columns)
+        for bits in range(1, 16):
+            one = affine(bits, columns, out=out, columns=columns, symmetric=bits % 2 == 0)
+            real = Affine(one.codes, one.scale.float(), one.zero.float() + 0.5, bits, one.low)
+            made += [one, real, Transposed(one), Permuted(one, order), Activations(one, "int8", torch.tensor(0.5))]
+            made.append(LowRank(one, torch.ones(out, 3).half(), torch.ones(3, columns)))
+        for kind in ("e2m1", "e3m0", "e4m3", "e5m2"):
+            made += [minifloat(kind, (2, 16), out=out, columns=columns)]
+        for entries in (1, 2, 3, 16, 17, 256):
+            levels = torch.linspace(-1, 1, entries)[None]
+            made += [lookup(levels, 64, out=out, columns=columns, nested=nested) for nested in (False, True)]
+            book = torch.ones(1, entries, 3)
+            made.append(Vectors(codes(entries, 1, out, -(-columns // 3)).to(torch.int32), (book,), columns))
+        made.append(Binary(codes(2, 3, out, columns).bool(), torch.ones(3, -(-out // 2), -(-columns // 8)), (2, 8)))
+    stored = [sum(t.nbytes for t in one.tensors().values()) for one in made]
+    with monkeypatch.context() as patch:
+        patch.setattr(forms, "pack_bits", None)
+        assert [one.nbytes for one in made] == stored
+    assert len(made) > 450
+
+
 def test_values_are_their_formulas() -> None:
     a = affine(4, 32, out=3, symmetric=False)
     e = minifloat("e4m3", (2, 128), out=3, columns=200)
@@ -94,7 +121,7 @@ def test_values_are_their_formulas() -> None:
 
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
 def test_levels_are_those_of_torch(kind: str) -> None:
-    from weft.packed.forms import minifloat_levels
+    from weft.packed.levels import minifloat_levels
 
     mine = minifloat_levels(kind)
     dtype = torch.float8_e4m3fn if kind == "e4m3" else torch.float8_e5m2

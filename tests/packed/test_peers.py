@@ -15,9 +15,16 @@ from torch import Tensor
 import weft
 from weft.packed import Activations, Lookup, Packed
 from weft.packed.formats import find_format
-from weft.packed.forms import dynamic_map
+from weft.packed.levels import dynamic_map
 
-CT = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+CT = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+)
 Make = Callable[[str, int, int], Packed]
 
 

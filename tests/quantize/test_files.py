@@ -4,6 +4,8 @@ import copy
 import json
 import sys
 import warnings
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "calibrate"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "packed"))
 from architectures import MODELS, build
 
 import weft
 from weft.errors import RecipeError
-from weft.packed import QuantizedEmbedding, QuantizedLinear
+from weft.packed import Packed, QuantizedEmbedding, QuantizedLinear
 from weft.quantize import GPTQ, HQQ, RTN, Codebook, load_quantized, quantize_, quantize_model
 
 FEW = "ignore:.*too few rows"
@@ -153,3 +156,55 @@ def test_quantising_what_is_quantised(tmp_path: Path) -> None:
     with weft.open(second) as one, weft.open(plain) as other:
         for name in other:
             assert torch.equal(one[name].torch(), other[name].torch().float()), name
+
+
+def test_a_check_holds_one_layer_at_a_time(tmp_path: Path) -> None:
+    """And finds what it found with all of them: it looks at outlines."""
+    from weft.quantize.serving import check_serving
+
+    _, _, folder = saved(tmp_path, "llama")
+    made = quantize_model(folder, tmp_path / "out", {"*": RTN(4, 16), "q_proj": RTN(8, 8)})
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def counted(load: Callable[[], Packed]) -> Callable[[], Packed]:
+        def loaded() -> Packed:
+            nonlocal most
+            one = load()
+            alive.append(weakref.ref(one))
+            most = max(most, sum(r() is not None for r in alive))
+            return one
+
+        return loaded
+
+    with weft.open(made) as checkpoint:
+        checkpoint.packed = {name: counted(load) for name, load in checkpoint.packed.items()}
+        found = check_serving(checkpoint)
+        assert len(alive) == len(checkpoint.packed) > 10
+    assert most == 1
+    [fused] = [f for f in found if f.level == "error"]
+    assert "one layer of q, k and v" in fused.text
+    assert {n.rpartition(".")[2] for n in fused.layers} == {"q_proj", "k_proj", "v_proj"}
+    assert any("groups of 32, 64, 128" in f.text for f in found)
+
+
+def test_rows_of_a_layer_are_packed_apart() -> None:
+    """Of every form that has rows, without packing the whole; the blocks of a matrix stay where rows are whole ones."""
+    from packed_weights import every_form, minifloat
+
+    from weft.packed import Lookup, Minifloat
+    from weft.quantize.files import _rows
+
+    for name, one in every_form().items():
+        rows, weight = one.shape[0], one.dequantize()
+        for start, stop in ((0, 8), (8, rows), (5, 6)):
+            part = _rows(one, start, stop)
+            turned = name in ("transposed", "permuted") or (name == "activations")
+            if part is None:
+                assert turned or isinstance(one, Lookup), name
+            else:
+                torch.testing.assert_close(part.dequantize(), weight[start:stop], rtol=1e-6, atol=1e-6)
+    blocks = minifloat("e4m3", (128, 128), out=256)
+    part = _rows(blocks, 128, 256)
+    assert isinstance(part, Minifloat)
+    assert (part.block, part.scale.shape) == ((128, 128), (1, 3))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import RecipeError
-from weft.packed.forms import dynamic_map
+from weft.packed.levels import dynamic_map
 from weft.quantize import Codebook, codebook_codes
 from weft.quantize.nf4 import FP4, NF4, TABLES
 

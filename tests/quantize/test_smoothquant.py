@@ -16,7 +16,7 @@ from weft.calibrate import BlockTask, Change, Walk, collect
 from weft.calibrate.rewrite import change_block
 from weft.errors import RecipeError
 from weft.packed import Activations, Packed
-from weft.packed.forms import quantize_inputs
+from weft.packed.levels import quantize_inputs
 from weft.quantize import W8A8, SmoothQuant, fake_quantize, fit_grid, quantize_model, smooth_scales
 
 FIRST = "model.layers.0."

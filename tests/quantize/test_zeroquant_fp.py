@@ -14,7 +14,7 @@ from weft.calibrate import Statistics
 from weft.calibrate.facts import Facts
 from weft.errors import RecipeError
 from weft.packed import Activations, LowRank, Minifloat
-from weft.packed.forms import minifloat_levels
+from weft.packed.levels import minifloat_levels
 from weft.quantize import FloatingPoint, ZeroQuantFP, float_codes, float_scales, low_rank_patch, zeroquant_codes
 from weft.quantize.floating_point import nearest_codes
 

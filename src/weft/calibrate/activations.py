@@ -71,6 +71,18 @@ class Activations:
         with open_checkpoint(self._path(number)) as file:
             return file["hidden"].torch()
 
+    def take(self, number: int) -> Tensor:
+        """A tensor that is not asked for again: it is not held any more.
+
+        >>> import torch
+        >>> store = Activations(budget=100)
+        >>> store[0] = torch.ones(2)
+        >>> store.take(0).sum().item(), store.nbytes_in_memory
+        (2.0, 0)
+        """
+        held = self._held.pop(number, None)
+        return self[number] if held is None else held
+
     def reopen(self, count: int) -> None:
         """Take the files of an earlier walk as they are.
 

@@ -146,7 +146,7 @@ class _Whole(Walk):
         if self._original is not None:
             self._original.close()
 
-    def _arguments(self, block: Block, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(self, block: Block, number: int, *, last: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.batch_number = number
         batch = self.batches[number]
         if isinstance(batch, Mapping):

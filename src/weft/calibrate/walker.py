@@ -304,13 +304,14 @@ class Walk:
         finally:
             self.source.drop([name])
 
-    def _arguments(self, block: Block, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(self, block: Block, number: int, *, last: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if block.finished or self._current is None:
             raise RecipeError(
                 f"{block.name} has run with keep=True, and its inputs are gone; ask for them before that."
             )
         self.batch_number = number
-        return with_hidden(*self._calls[block.name][number], self._current[number])
+        hidden = self._current.take(number) if last else self._current[number]
+        return with_hidden(*self._calls[block.name][number], hidden)
 
     def _target(self, number: int) -> Tensor:
         if self._original is None:
@@ -323,8 +324,9 @@ class Walk:
         before = self._original or self._current
         assert before is not None
         written = self._store(block.number, original=True)
+        mine = self._original is not None  # and nothing else reads what the original model had before
         for number, call_ in enumerate(self._calls[block.name]):
-            args, kwargs = with_hidden(*call_, before[number])
+            args, kwargs = with_hidden(*call_, before.take(number) if mine else before[number])
             with self._computing():
                 written[number] = hidden_of(block.module(*args, **kwargs), block.name)
         if self._original is not None:
@@ -343,9 +345,10 @@ class Walk:
         written = self._store(block.number) if keep else None
         with _Enough(until) as enough:
             for number in range(len(self._calls[block.name])):
-                args, kwargs = self._arguments(block, number)
+                args, kwargs = self._arguments(block, number, last=keep)
                 with self._computing(), enough.next():
                     out = block.module(*args, **kwargs)
+                del args, kwargs
                 if written is not None:
                     written[number] = hidden_of(out, block.name)
         if written is not None:
@@ -428,7 +431,8 @@ class Walk:
     def _store(self, number: int, original: bool = False) -> Activations:
         keep = self.folder is not None and number >= 0
         folder = self.folder / f"{_ORIGINAL * original}block-{number:04d}" if keep and self.folder is not None else None
-        return Activations(self._memory // (4 if self.targets else 2), folder, keep=keep)
+        # a block's inputs are given up as its outputs come
+        return Activations(self._memory // (2 if self.targets else 1), folder, keep=keep)
 
     def _reopen(self, number: int, original: bool = False) -> Activations:
         store = self._store(number, original)

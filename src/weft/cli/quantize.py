@@ -117,20 +117,30 @@ def configuration(request: Request) -> tuple[dict[str, Any], Change, str]:
     Raises:
         RecipeError: a method, a scheme or a parameter is wrong, or they do not go together.
     """
-    from weft.quantize.schemes import find_scheme
+    from weft.quantize.schemes import SCHEMES, find_scheme
     from weft.registry import method as find_method
 
     name, values, file_format = request.method, dict(request.values), request.file_format
-    if request.scheme:
-        scheme = find_scheme(request.scheme)
-        if name and name != scheme.method and not scheme.grid:
-            raise RecipeError(f"The scheme {request.scheme} is made by {scheme.method}; leave --method out.")
-        name = name or (("gptq" if request.data or request.statistics else "rtn") if scheme.grid else scheme.method)
+    scheme = find_scheme(request.scheme) if request.scheme else None
+    if scheme is not None:
+        fitted = scheme.grid and (request.data or request.statistics)
+        name = name or ("gptq" if fitted else scheme.method)
         known = find_method(name).parameters
+        if name != scheme.method and not (scheme.grid and {"bits", "group_size", "kind"} <= set(known)):
+            grids = ", ".join(n for n, s in SCHEMES.items() if s.grid)
+            raise RecipeError(
+                f"The scheme {scheme.name} is made by {scheme.method}, and there is no {name} of it: its weights are rounded to "
+                f"nearest. Leave --method out, or take a scheme that other methods can make: {grids}."
+                if not scheme.grid
+                else f"{name} makes no grids of bits, groups and kind, which the scheme {scheme.name} is. Take a method such as "
+                f"gptq or awq, or leave --method out."
+            )
         values = {**{k: v for k, v in scheme.parameters.items() if k in known}, **values}
         file_format = scheme.file_format if file_format == "auto" else file_format
     if not name:
-        raise RecipeError("Say how: --method awq --bits 4 --data texts.jsonl, or --scheme W8A16, which needs no data.")
+        raise RecipeError(
+            "Say how: --method awq --bits 4 --data texts.jsonl, or --scheme FP8_DYNAMIC, which needs no data."
+        )
     row = find_method(name)
     if row.family != "quantize":
         raise RecipeError(f"{name} does not quantise ({row.family}); `weft methods shrink` lists what does.")
@@ -138,7 +148,10 @@ def configuration(request: Request) -> tuple[dict[str, Any], Change, str]:
     packs = file_format in ("auto", "pack-quantized") and getattr(config, "file_format", "") == "pack-quantized"
     if packs and "kind" not in values and "kind" in row.parameters and "symmetric" in row.parameters["kind"].choices:
         config = row.configure({**values, "kind": "symmetric"})  # which every program loads
-    return {"method": name, "parameters": asdict(config), "scheme": request.scheme}, config, file_format
+    recipe = {"method": name, "parameters": asdict(config), "scheme": request.scheme}
+    if scheme is not None and scheme.inputs:
+        config, recipe["inputs"] = scheme.around(config), scheme.inputs
+    return recipe, config, file_format
 
 
 def _changes(config: Any) -> list[Change]:
@@ -202,7 +215,7 @@ def _chosen(
     whole, others = (
         (config, {}) if not isinstance(config, dict) else (config["*"], {k: v for k, v in config.items() if k != "*"})
     )
-    candidates = {str(bits): replace(whole, bits=bits) for bits in request.widths}
+    candidates = {str(bits): _with_bits(whole, bits) for bits in request.widths}
     curves = _curves(checkpoint, candidates, batches, request, file_format, progress)
     budget = None
     if request.target_bytes:  # less what is not chosen, as it is
@@ -212,6 +225,13 @@ def _chosen(
     found = choose_bits(checkpoint, candidates, batches, target_bits=target, target_bytes=budget, curves=curves)
     bits = {name: int(label) for name, label in found.allocation.choices.items()}
     return {**found.config, **others}, {**recipe, "bits": bits}, found.format
+
+
+def _with_bits(config: Any, bits: int) -> Change:
+    """A configuration, or the one within it for the weights, with other bits."""
+    inner = getattr(config, "weights", None)
+    made: Change = replace(config, bits=bits) if inner is None else replace(config, weights=_with_bits(inner, bits))
+    return made
 
 
 def _curves(

@@ -86,6 +86,19 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     return made.flatten(1)[:, :count].contiguous()
 
 
+def packed_bytes(rows: int, count: int, bits: int) -> int:
+    """Bytes of the words that :func:`pack_bits` makes.
+
+    Args:
+        rows, count: of the codes.
+        bits: of a code.
+
+    >>> packed_bytes(2, 9, 4), pack_bits(torch.zeros(2, 9, dtype=torch.int32), 4).nbytes
+    (16, 16)
+    """
+    return rows * -(-count * bits // WORD) * (WORD // 8)
+
+
 def _period(bits: int) -> tuple[int, int]:
     """After how many codes, and words, a code begins with a word again."""
     for period in (1, 2, 4, 8, 16, 32):
@@ -97,3 +110,22 @@ def _period(bits: int) -> tuple[int, int]:
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 16:
         raise RecipeError(f"Codes have 1 to 16 bits, got {bits}.")
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    """Bytes of those tensors that there are.
+
+    >>> bytes_of(torch.ones(3), None)
+    12
+    """
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def check(holds: bool, why: str) -> None:
+    """What forms say of tensors and facts that do not fit together.
+
+    Raises:
+        CheckpointError: it does not hold.
+    """
+    if not holds:
+        raise CheckpointError(f"A packed weight is damaged: {why}.")

@@ -5,7 +5,7 @@
     same = unpack(tensors, settings)
 
 In memory the codes of a form are plain integers, one in an element; :meth:`Packed.tensors` packs them. Forms nest: a matrix
-that was quantised along its outputs is :class:`~weft.packed.forms.Transposed` of one quantised along its inputs.
+that was quantised along its outputs is :class:`~weft.packed.around.Transposed` of one quantised along its inputs.
 """
 
 from __future__ import annotations

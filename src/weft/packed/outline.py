@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import weft.packed.forms  # noqa: F401  all forms are known then
+import weft.packed.around
+import weft.packed.forms  # noqa: F401
 from weft.packed.form import FORMS, Packed
 
 

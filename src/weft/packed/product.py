@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from weft.kernels import torch_int4, torch_int8
 from weft.packed.bits import unpack_bits
-from weft.packed.forms import quantize_inputs
+from weft.packed.levels import quantize_inputs
 from weft.packed.rows import dequantize, inside, some_rows
 
 WAYS = ("auto", "dequantize", "int4", "int8", "integer", "triton")
@@ -59,7 +59,8 @@ def ways(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[st
         return ("dequantize",)
     if form in ("low-rank", "activations"):
         inner = ways(*inside(tensors, settings))
-        whole = form == "activations" and settings["kind"] == "int8" and _integers(*inside(tensors, settings))
+        rows = form == "activations" and settings["kind"] == "int8" and not settings.get("group_size")  # one scale each
+        whole = rows and _integers(*inside(tensors, settings))
         return ("integer", *inner) if whole else inner
     found: list[str] = []
     if form == "affine":
@@ -199,7 +200,8 @@ def _times(
         scale = tensors.get("input_scale")
         if ready and way == "integer":
             return _integer_product(x, ready, scale)
-        return _times(quantize_inputs(x, settings["kind"], scale), *inside(tensors, settings), ready, way)
+        x = quantize_inputs(x, settings["kind"], scale, int(settings.get("group_size", 0)))
+        return _times(x, *inside(tensors, settings), ready, way)
     if form == "low-rank":
         thin = functional.linear(functional.linear(x, tensors["right"].to(x.dtype)), tensors["left"].to(x.dtype))
         return _times(x, *inside(tensors, settings), ready, way).to(x.dtype) + thin
@@ -345,7 +347,9 @@ def _error(
     seen = x
     while settings["form"] in ("low-rank", "activations"):  # the low-rank part is added by all ways alike
         if settings["form"] == "activations":
-            seen = quantize_inputs(seen, settings["kind"], tensors.get("input_scale"))
+            seen = quantize_inputs(
+                seen, settings["kind"], tensors.get("input_scale"), int(settings.get("group_size", 0))
+            )
         else:
             low_rank = tensors["left"].double() @ (tensors["right"].double() @ seen.double().T)
             made = made - low_rank.T[:, rows]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from weft.packed.around import Activations
 from weft.packed.form import Packed, unpack
-from weft.packed.forms import NESTED, Activations, Affine, Minifloat, dynamic_map, minifloat_levels
+from weft.packed.forms import Affine, Minifloat
+from weft.packed.levels import NESTED, dynamic_map, minifloat_levels
 
 Parts: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
 Rows: TypeAlias = slice | Tensor
@@ -103,7 +105,7 @@ def _table(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], room: Ten
     if settings["form"] == "minifloat":
         table, size = minifloat_levels(str(settings["kind"])), int(settings["block"][1])
         if "global_scale" in tensors:
-            scale = scale * tensors["global_scale"].float()
+            scale = (scale.double() * tensors["global_scale"].double()).float()
         scale = scale.repeat_interleave(int(settings["block"][0]), 0)[: len(codes)]
         bits = (len(table) - 1).bit_length()
         codes = codes.view(torch.uint8) if bits == 8 else codes

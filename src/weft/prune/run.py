@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from weft.calibrate import Change, change_model_, rewrite
 from weft.calibrate.change_model import Changed
+from weft.calibrate.describe import describe
 from weft.checkpoint.checkpoint import Checkpoint
 
 
@@ -58,13 +58,4 @@ def prune_model(
     Returns:
         The folder; it loads in transformers as the model did.
     """
-    return rewrite(model, batches, config, output, recipe=_said(config), **{"autocast": True, **options})
-
-
-def _said(config: Any) -> dict[str, Any]:
-    if isinstance(config, Mapping):
-        return {key if isinstance(key, str) else repr(key): _said(one) for key, one in config.items()}
-    return {
-        "config": type(config).__name__,
-        **(asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}),
-    }
+    return rewrite(model, batches, config, output, recipe=describe(config), **{"autocast": True, **options})

@@ -17,23 +17,28 @@ from weft.quantize.compare import compare_methods
 from weft.quantize.curves import Curves
 from weft.quantize.evaluate import evaluate
 from weft.quantize.flexround import FlexRound, FlexRounding
+from weft.quantize.float_blocks import FloatBlocks, block_codes
 from weft.quantize.floating_point import FloatingPoint, float_codes, float_scales
 from weft.quantize.folding import Fold, find_folds
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
 from weft.quantize.gradient_ptq import GradientPTQ, Rounding, importance
 from weft.quantize.grid import Grid, fake_quantize, fit_grid, quantize
 from weft.quantize.hqq import HQQ, hqq_codes
+from weft.quantize.inputs import QuantizedInputs
 from weft.quantize.jlcm import JLCM, jlcm_footprint
 from weft.quantize.load import load_quantized
 from weft.quantize.low_rank_patch import low_rank_patch
 from weft.quantize.measure_curves import error_curves
+from weft.quantize.microscaling import Microscaling, microscaled_codes
 from weft.quantize.nf4 import Codebook, codebook_codes
 from weft.quantize.nupes import NUPES, PowerCodes
+from weft.quantize.nvfp4 import NVFP4, nvfp4_codes
 from weft.quantize.powerquant import PowerQuant, power_codes, power_exponent
 from weft.quantize.reconstruct import Reconstruction, reconstruct_block, reconstruct_layer
 from weft.quantize.report import compare_reports, make_report, write_report
 from weft.quantize.rtn import RTN, round_to_nearest
 from weft.quantize.run import quantize_, quantize_model
+from weft.quantize.schemes import Scheme, find_scheme
 from weft.quantize.shiftadd import ShiftAdd, binary_coding, lookup_product, shiftadd_codes, shiftadd_sensitivity
 from weft.quantize.signround import SignRound, SignRounding
 from weft.quantize.smoothquant import SmoothQuant, smooth_scales
@@ -49,6 +54,7 @@ __all__ = [
     "HQQ",
     "JLCM",
     "NUPES",
+    "NVFP4",
     "RTN",
     "VPTQ",
     "W8A8",
@@ -60,15 +66,19 @@ __all__ = [
     "Descent",
     "FlexRound",
     "FlexRounding",
+    "FloatBlocks",
     "FloatingPoint",
     "Fold",
     "Frontier",
     "GradientPTQ",
     "Grid",
+    "Microscaling",
     "PowerCodes",
     "PowerQuant",
+    "QuantizedInputs",
     "Reconstruction",
     "Rounding",
+    "Scheme",
     "ShiftAdd",
     "SignRound",
     "SignRounding",
@@ -81,6 +91,7 @@ __all__ = [
     "allocate_bits",
     "awq_scales",
     "binary_coding",
+    "block_codes",
     "choose_bits",
     "codebook_codes",
     "compare_methods",
@@ -90,6 +101,7 @@ __all__ = [
     "evaluate",
     "fake_quantize",
     "find_folds",
+    "find_scheme",
     "fit_grid",
     "float_codes",
     "float_scales",
@@ -104,6 +116,8 @@ __all__ = [
     "lookup_product",
     "low_rank_patch",
     "make_report",
+    "microscaled_codes",
+    "nvfp4_codes",
     "output_clip",
     "power_codes",
     "power_exponent",

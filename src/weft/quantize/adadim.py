@@ -37,7 +37,7 @@ from weft.method import parameter
 from weft.packed import Affine, Packed, Transposed
 from weft.quantize.compensate import Factor
 from weft.quantize.gptq import GPTQ, gptq_codes, gptq_factor
-from weft.quantize.grid import Grid, fit_grid, quantize
+from weft.quantize.grid import Grid, checked, fit_grid, quantize
 from weft.quantize.probe import Around, edited, in_float32, matrix_of
 
 AXES = ("auto", "inputs", "outputs")
@@ -150,10 +150,7 @@ def adadim_codes(weight: Tensor, gram: Tensor, config: AdaDim) -> dict[str, Pack
     >>> {axis: codes.dequantize()[:, 0].tolist() for axis, codes in made.items()}
     {'inputs': [0.0, 0.0], 'outputs': [1.0, -2.0]}
     """
-    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
-        raise RecipeError(
-            f"A grid is fitted to a matrix (out, in) of numbers, got {list(weight.shape)} {weight.dtype}."
-        )
+    weight = checked(weight)
     if gram.shape[-1] != weight.shape[1]:
         raise RecipeError(
             f"AdaDim needs the Gram matrix of the layer's {weight.shape[1]} inputs, got {list(gram.shape)}."

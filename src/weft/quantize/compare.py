@@ -28,6 +28,7 @@ from typing import Any
 import weft
 from weft.calibrate import Change, Statistics, collect
 from weft.calibrate.collectors import KINDS
+from weft.calibrate.describe import describe
 from weft.calibrate.facts import FILE as STATISTICS_FILE
 from weft.calibrate.forward import digest_of, on_cpu
 from weft.calibrate.parts import Part, Parts
@@ -42,7 +43,7 @@ from weft.quantize.curves import INPUTS, Curves
 from weft.quantize.evaluate import evaluate
 from weft.quantize.measure_curves import FAILURES, error_curves
 from weft.quantize.report import sizes_of
-from weft.quantize.run import AUTO, describe, quantize_model
+from weft.quantize.run import AUTO, quantize_model
 
 LOSSES = {
     "kl": 0.05,

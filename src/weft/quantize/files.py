@@ -98,5 +98,9 @@ class PackedFiles:
 
 
 def _rows(packed: Packed, start: int, stop: int) -> Packed | None:
+    part = packed.part(start, stop)
+    if part is not None:
+        return part
+    # rows that cannot be had apart bit for bit as the whole gives them, as those of a low-rank sum: packed and sliced
     found = some_rows(packed.tensors(), packed.settings(), slice(start, stop))
     return None if found is None else unpack(*found)

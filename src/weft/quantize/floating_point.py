@@ -35,7 +35,7 @@ from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Activations, Minifloat, Packed
-from weft.packed.forms import MINIFLOATS, minifloat_levels
+from weft.packed.levels import MINIFLOATS, minifloat_levels
 from weft.quantize.grid import Grid, fit_grid
 
 KINDS = ("e2m1", "e3m0", "e4m3")

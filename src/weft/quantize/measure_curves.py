@@ -47,6 +47,7 @@ from torch import Tensor, nn
 import weft
 from weft.calibrate import BlockTask, Change, Statistics
 from weft.calibrate.collectors import KINDS
+from weft.calibrate.describe import describe
 from weft.calibrate.experts import unfused
 from weft.calibrate.facts import Facts
 from weft.calibrate.forward import digest_of, hidden_of
@@ -67,7 +68,7 @@ from weft.packed.formats import find_format
 from weft.quantize.curves import Candidate, Curves, LayerCurve, layer_from
 from weft.quantize.files import PackedFiles
 from weft.quantize.gradient_ptq import importance
-from weft.quantize.run import AUTO, as_in_files, describe, file_format
+from weft.quantize.run import AUTO, as_in_files, file_format
 
 BLOCK_TOKENS = 4096  # a mean over so many is known to some percent
 FISHER = ("exact", "sampled", "empirical")

@@ -33,7 +33,8 @@ from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Lookup
-from weft.packed.forms import NESTED, dynamic_map, in_blocks
+from weft.packed.levels import NESTED, dynamic_map, in_blocks
+from weft.quantize.grid import checked
 
 # quantiles are transcendental: the numbers, to the last bit of float32, are what files mean
 NF4 = (
@@ -86,9 +87,7 @@ def codebook_codes(weight: Tensor, config: Codebook | None = None) -> Lookup:
     ([[15, 0, 8, 13]], [2.0])
     """
     config = config or Codebook()
-    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
-        raise RecipeError(f"A codebook is for a matrix (out, in) of numbers, got {list(weight.shape)} {weight.dtype}.")
-    flat = weight.detach().float().flatten()
+    flat = checked(weight).float().flatten()
     if not flat.isfinite().all():
         raise RecipeError("The weights hold NaN or infinite values (as float32), which no table has.")
     blocks = in_blocks(flat, config.block_size)  # (blocks, block_size)

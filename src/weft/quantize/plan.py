@@ -27,7 +27,7 @@ from weft.function.where import Selector, matches, most_specific
 from weft.packed.formats import find_format
 from weft.quantize.run import AUTO, DENSE, as_in_files, file_format
 
-_STREAMS = 2  # hidden states before and after a block
+_STREAMS = 1  # hidden states: those before a block go as those after it come
 _CODES = 2.5  # bytes a weight of the codes that a block's packed weights hold until it is written
 
 

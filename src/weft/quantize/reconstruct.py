@@ -30,7 +30,7 @@ from weft.calibrate import BlockTask, Change, Statistics
 from weft.errors import RecipeError
 from weft.packed import Packed
 from weft.quantize._block_data import BIAS, BlockData
-from weft.quantize.grid import Grid
+from weft.quantize.grid import Grid, checked
 from weft.quantize.rtn import RTN
 from weft.quantize.soft import Descent, Soft, descend
 
@@ -143,11 +143,7 @@ class Reconstruction(Change, ABC):
     def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Packed:
         """One layer from the Gram matrix of its inputs; see :class:`weft.calibrate.Change`."""
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
-            raise RecipeError(
-                f"What is quantised is a matrix (out, in) of numbers, got {list(weight.shape)} {weight.dtype}."
-            )
-        original = weight.detach().float().contiguous()
+        original = checked(weight).float().contiguous()
         soft = self.soft(original, generator)
         reconstruct_layer(original, statistics.gram(name), soft, self.descent())
         return soft.packed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from weft.calibrate import Change, Statistics, change_model_, rewrite
 from weft.calibrate.change_model import Changed
+from weft.calibrate.describe import describe
 from weft.calibrate.rewrite import write_blocks
 from weft.calibrate.source import FromCheckpoint
 from weft.checkpoint.checkpoint import Checkpoint
@@ -24,13 +25,15 @@ from weft.function.where import Selector
 from weft.packed.formats import Format, find_format
 from weft.packed.replace import replace_
 from weft.quantize.files import PackedFiles
+from weft.quantize.inputs import QuantizedInputs
+from weft.quantize.schemes import find_scheme
 
 AUTO, DENSE = "auto", "dense"
 
 
 def quantize_(
     model: nn.Module,
-    config: Change | Mapping[Any, Change],
+    config: Change | Mapping[Any, Change] | str,
     calibration: Iterable[Any] | None = None,
     *,
     where: Selector = "*",
@@ -49,8 +52,8 @@ def quantize_(
 
     Args:
         model: any module; of a model without a list of blocks, all layers are quantised with the inputs of the original.
-        config: a quantiser's configuration (:mod:`weft.quantize`), or a mapping from selectors (:mod:`weft.function.where`)
-            to these, of which the most specific decides. Layers outside of blocks (embeddings, the output head) are chosen
+        config: a quantiser's configuration (:mod:`weft.quantize`), the name of a scheme (:mod:`weft.quantize.schemes`), or a
+            mapping from selectors (:mod:`weft.function.where`) to configurations, of which the most specific decides. Layers outside of blocks (embeddings, the output head) are chosen
             only by selectors that name them.
         calibration: batches, each a tensor, a tuple of positional or a mapping of named arguments; None for methods that
             need none.
@@ -79,6 +82,8 @@ def quantize_(
     >>> type(model[0]).__name__, sorted(made.report)
     ('QuantizedLinear', ['0', '2'])
     """
+    if isinstance(config, str):
+        config = find_scheme(config).config()
     made = change_model_(
         model, calibration, config, where=where, statistics=statistics, blocks=blocks, seed=seed, skip_errors=skip_errors,
         memory=memory, progress=progress,
@@ -93,7 +98,7 @@ def quantize_(
 def quantize_model(
     model: Checkpoint | str | Path,
     output: str | os.PathLike[str],
-    config: Change | Mapping[Any, Change],
+    config: Change | Mapping[Any, Change] | str,
     batches: Iterable[Any] | None = None,
     *,
     format: str = AUTO,
@@ -121,8 +126,9 @@ def quantize_model(
         output: the folder.
         config, where, statistics, seed, skip_errors, memory: see :func:`quantize_`.
         batches: calibration data.
-        format: of the files (:data:`weft.packed.formats.FORMATS`); ``auto``: the one that most programs load and that says
-            what the configuration makes; ``dense``: the model's own type, with weights that are the quantised values.
+        format: of the files (:data:`weft.packed.formats.FORMATS`); ``auto``: that of the scheme, or the one that most
+            programs load and that says what the configuration makes; ``dense``: the model's own type, with weights that are
+            the quantised values.
         recipe, shard_bytes, force, check, autocast, progress: see :func:`weft.calibrate.rewrite`.
         timings: receives the seconds of each layer.
 
@@ -134,6 +140,10 @@ def quantize_model(
         CheckpointError: the model cannot be read or walked.
         OutputError: the output exists or cannot be written.
     """
+    if isinstance(config, str):
+        scheme = find_scheme(config)
+        config, format = scheme.config(), scheme.file_format if format == AUTO else format
+        recipe = {"scheme": scheme.name, **(recipe or describe(config))}
     recipe = {"format": format, **(recipe or describe(config))}
     if format == DENSE:
         return rewrite(
@@ -170,21 +180,6 @@ def file_format(config: Change | Mapping[Any, Change]) -> str:
     return made.pop() if len(made) == 1 else "weft"
 
 
-def describe(config: Change | Mapping[Any, Change]) -> dict[str, Any]:
-    """A configuration, or one for each pattern, as JSON values.
-
-    >>> from weft.quantize import RTN
-    >>> describe({"*.q_proj": RTN(bits=8)})["*.q_proj"]["bits"]
-    8
-    """
-    if isinstance(config, Mapping):
-        return {key if isinstance(key, str) else repr(key): describe(one) for key, one in config.items()}
-    return {
-        "config": type(config).__name__,
-        **(asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}),
-    }
-
-
 def as_in_files(config: Any, form: Format, model_dtype: torch.dtype) -> Any:
     """Configurations that fit scales in the type that files of a model have, where they name none of their own."""
     kind = form.scale_dtype(model_dtype)
@@ -194,6 +189,8 @@ def as_in_files(config: Any, form: Format, model_dtype: torch.dtype) -> Any:
 def _with_scales(config: Any, dtype: str) -> Any:
     if isinstance(config, Mapping):
         return {key: _with_scales(one, dtype) for key, one in config.items()}
+    if isinstance(config, QuantizedInputs):
+        return replace(config, weights=_with_scales(config.weights, dtype))
     known = {f.name: f.default for f in fields(config)} if is_dataclass(config) else {}
     if "scale_dtype" in known and config.scale_dtype == known["scale_dtype"]:
         return replace(config, scale_dtype=dtype)

@@ -7,7 +7,6 @@ not load, or not compute what it should), warnings (it loads and is slow, or onl
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,11 @@ from typing import Any
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.folder import read_json
 from weft.errors import RecipeError, did_you_mean
+from weft.packed.around import Activations, within
 from weft.packed.form import Packed
-from weft.packed.forms import Activations, Affine, Minifloat
+from weft.packed.forms import Affine, Minifloat
+from weft.packed.outline import describe, outline
+from weft.quantize.fused import fused_layers
 
 TARGETS = ("vllm", "transformers", "llama.cpp")
 READS = {  # quant_method of files that a program loads
@@ -29,12 +31,6 @@ PACKAGES = {
     "awq": "gptqmodel",
     "bitsandbytes": "bitsandbytes",
 }
-FUSED = (  # layers that vLLM makes one of, by the ends of their names
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
-    ("w1", "w3"),
-)
 ROW_PARALLEL = ("o_proj", "down_proj", "w2", "out_proj", "dense", "fc2", "c_proj")  # GPUs share their inputs
 COLUMNS, INPUTS = 64, 128  # multiples of outputs and inputs that Marlin's kernels take
 GROUPS = (32, 64, 128)  # group sizes of Marlin's kernels; a whole row too
@@ -104,13 +100,16 @@ def _engine(checkpoint: Checkpoint, target: str, shares: int) -> Iterator[Findin
         return
     if target == "transformers" and method in PACKAGES:
         yield Finding("note", f"transformers needs {PACKAGES[method]} beside it for this.")
-    packed = {name: load() for name, load in checkpoint.packed.items()}
+    packed = {name: outline(describe(load())) for name, load in checkpoint.packed.items()}  # one at a time in memory
     yield from _names(checkpoint, packed, settings)
-    yield from _experts(packed, target)
+    yield from _experts(packed, settings, target)
     if target == "vllm":
         yield from _fused(packed)
         yield from _shares(packed, shares)
         yield from _kernels(packed, shares)
+        yield from _inputs(packed)
+    else:
+        yield from _types(checkpoint, packed)
     yield from _tables(checkpoint, packed, target)
 
 
@@ -144,28 +143,49 @@ def _names(checkpoint: Checkpoint, packed: Mapping[str, Packed], settings: Mappi
         )
 
 
-def _experts(packed: Mapping[str, Packed], target: str) -> Iterator[Finding]:
-    wrong = tuple(
-        n for n, p in packed.items() if ".experts." in n and isinstance(p, Affine) and bool(p.zero.count_nonzero())
-    )
-    if wrong and target == "transformers":
+def _experts(packed: Mapping[str, Packed], settings: Mapping[str, Any], target: str) -> Iterator[Finding]:
+    """transformers stacks experts into one tensor as it loads them, from some layouts only."""
+    if target != "transformers" or settings.get("quant_method") != "compressed-tensors":
+        return
+    experts = {n: within(p, Activations) for n, p in packed.items() if ".experts." in n}
+    zeros = tuple(n for n, p in experts.items() if isinstance(p, Affine) and bool(p.zero.count_nonzero()))
+    if zeros:
         yield Finding(
             "error",
             "transformers takes experts apart without their zero points (an assertion fails). Quantise with --kind symmetric.",
+            zeros,
+        )
+    grids = tuple(n for n, p in experts.items() if isinstance(p, Affine) and n not in zeros)
+    if grids and settings.get("format") == "int-quantized":
+        yield Finding(
+            "error",
+            "transformers loads experts of whole numbers from packed files only. Quantise with --format pack-quantized.",
+            grids,
+        )
+    wrong = tuple(n for n, p in experts.items() if isinstance(p, Minifloat) and not _stacks(p))
+    if wrong:
+        yield Finding(
+            "error",
+            "transformers loads experts of floating-point numbers with one scale or one a row, and of MXFP4; those of NVFP4 it "
+            "loads without their global scale, which gives other weights. Quantise with --scheme FP8_DYNAMIC or MXFP4, or run it "
+            "elsewhere.",
             wrong,
         )
+
+
+def _stacks(packed: Minifloat) -> bool:
+    """Whether transformers gets an expert's weights right."""
+    if packed.bits == 4:
+        return packed.global_scale is None
+    return packed.block in (packed.shape, (1, packed.shape[1]))
 
 
 def _fused(packed: Mapping[str, Packed]) -> Iterator[Finding]:
     """Layers that are one in vLLM need one scheme."""
     wrong = []
-    for parts in FUSED:
-        groups: dict[str, dict[str, str]] = defaultdict(dict)
-        for name, one in packed.items():
-            prefix, _, leaf = name.rpartition(".")
-            if leaf in parts:
-                groups[prefix][name] = _scheme(one)
-        wrong += [n for members in groups.values() if len(set(members.values())) > 1 for n in members]
+    for names in fused_layers(packed):
+        if len({_scheme(packed[n]) for n in names}) > 1:
+            wrong += names
     if wrong:
         yield Finding(
             "error",
@@ -179,7 +199,7 @@ def _shares(packed: Mapping[str, Packed], shares: int) -> Iterator[Finding]:
     """Each GPU's part must be whole groups."""
     uneven, groups = [], []
     for name, one in packed.items():
-        inner = one.inner if isinstance(one, Activations) else one
+        inner = within(one, Activations)
         rows, columns = one.shape
         if name.rpartition(".")[2] in ROW_PARALLEL:
             if columns % shares:
@@ -234,16 +254,72 @@ def _kernels(packed: Mapping[str, Packed], shares: int) -> Iterator[Finding]:
         )
 
 
+def _inputs(packed: Mapping[str, Packed]) -> Iterator[Finding]:
+    """Quantised inputs go with some weights only."""
+    wrong = []
+    for name, one in packed.items():
+        if isinstance(one, Activations) and isinstance(one.inner, Affine):
+            whole_rows = one.inner.group_size == one.shape[1]
+            known = one.kind in ("int8", "e4m3") and (one.inner.bits == 4 or (one.inner.bits == 8 and whole_rows))
+            wrong += [] if known else [name]
+    if wrong:
+        yield Finding(
+            "error",
+            "vLLM has no products of these whole numbers with quantised inputs: it takes 8 bits with a scale a row, or 4 bits, and "
+            "inputs of 8 bits. Quantise with --scheme W8A8, W4A8 or W4AFP8.",
+            tuple(wrong),
+        )
+
+
+def _types(checkpoint: Checkpoint, packed: Mapping[str, Packed]) -> Iterator[Finding]:
+    """compressed-tensors unpacks some formats to one type, whatever the model's."""
+    small = tuple(n for n, p in packed.items() if _small_scales(within(p, Activations)))
+    dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    if small and dtype.removeprefix("torch.") != "bfloat16":
+        yield Finding(
+            "warning",
+            f"The model is {dtype}, and compressed-tensors unpacks NVFP4 and MX formats to bfloat16, so that products fail. Load it "
+            "with dtype=torch.bfloat16.",
+            small,
+        )
+
+
+def _small_scales(packed: Packed) -> bool:
+    """Whether scales have eight bits, as those of NVFP4 and MX formats."""
+    return isinstance(packed, Minifloat) and packed.scale.element_size() == 1
+
+
 def _tables(checkpoint: Checkpoint, packed: Mapping[str, Packed], target: str) -> Iterator[Finding]:
+    from weft.packed.formats.compressed_tensors import in_bytes
     from weft.packed.formats.groups import EMBEDDINGS
 
     tables = tuple(n for n in packed if n.rpartition(".")[2] in EMBEDDINGS)
-    if tables:
-        yield Finding("error", f"{target} does not load packed embeddings. Quantise with --embedding-bits 0.", tables)
+    if not tables:
+        return
+    if target == "vllm":
+        yield Finding("error", "vLLM does not load packed embeddings. Quantise with --embedding-bits 0.", tables)
+        return
+    other = tuple(n for n in tables if not in_bytes(n, packed[n]))
+    if other:
+        yield Finding(
+            "error",
+            "transformers does not load packed embeddings, only those of 8 bits, symmetric, which are stored as bytes. Quantise "
+            "with --embedding-bits 8, or 0.",
+            other,
+        )
+    writes = any("LM" in name or "Generation" in name for name in checkpoint.config.get("architectures") or ())
+    heads = any(n.removesuffix(".weight").endswith(("lm_head", "embed_out")) for n in checkpoint)
+    if writes and checkpoint.config.get("tie_word_embeddings", not heads):
+        yield Finding(
+            "error",
+            "The output head is tied to the embeddings, and transformers would multiply by their codes. Quantise with "
+            "--embedding-bits 0.",
+            tables,
+        )
 
 
 def _scheme(packed: Packed) -> str:
-    inner = packed.inner if isinstance(packed, Activations) else packed
+    inner = within(packed, Activations)
     facts: dict[str, Any] = {"form": inner.form}
     if isinstance(inner, Affine):
         facts |= {"bits": inner.bits, "group": inner.group_size < inner.shape[1] and inner.group_size}

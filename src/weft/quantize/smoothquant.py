@@ -32,7 +32,7 @@ from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import Activations
-from weft.packed.forms import quantize_inputs
+from weft.packed.levels import quantize_inputs
 from weft.quantize.folding import Fold, Reader, folds_of
 from weft.quantize.grid import fake_quantize, fit_grid
 from weft.quantize.probe import Around, dtype_of, edited, in_float32, matrix_of

@@ -29,7 +29,7 @@ from weft.errors import RecipeError
 from weft.function.quantizer import QuantizeMethod
 from weft.method import parameter
 from weft.packed import LowRank, Minifloat, Packed
-from weft.packed.forms import minifloat_levels
+from weft.packed.levels import minifloat_levels
 from weft.quantize.compensate import round_columns
 from weft.quantize.floating_point import (
     INPUTS,

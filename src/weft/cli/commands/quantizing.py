@@ -35,7 +35,7 @@ def quantize(
         str, typer.Option("--method", "-m", help="A quantiser's id; `weft methods shrink` lists them.")
     ] = "",
     scheme: Annotated[
-        str, typer.Option("--scheme", help="A scheme's name as vLLM knows it: W4A16, W8A16, W8A8, FP8_DYNAMIC, …")
+        str, typer.Option("--scheme", help="A scheme's name as vLLM knows it: W4A16, W8A8, FP8_DYNAMIC, NVFP4, …")
     ] = "",
     data: Annotated[
         str, typer.Option("--data", help="Samples for methods that need them: .jsonl, .txt, or self.")
@@ -90,7 +90,7 @@ def quantize(
     from weft.recipe.size import parse_size
 
     load_plugins(plugin)
-    values, names = method_options(model, method or "rtn")
+    values, names = method_options(model, method or _method_of(scheme))
     if len(names) != 1:
         raise RecipeError(f"weft quantize takes one model, got {names}.")
     if on_error not in ("stop", "skip"):
@@ -104,6 +104,15 @@ def quantize(
     with progress_shown(quiet or dry_run) as progress:
         text = quantize_command(request, dry_run=dry_run, as_json=as_json, progress=progress)
     print(text)
+
+
+def _method_of(scheme: str) -> str:
+    """The method whose parameters are options where none is named."""
+    if not scheme:
+        return "rtn"
+    from weft.quantize.schemes import find_scheme
+
+    return find_scheme(scheme).method
 
 
 def evaluate(

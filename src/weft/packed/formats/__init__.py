@@ -12,7 +12,14 @@ from typing import Any
 from weft.errors import CheckpointError, RecipeError, did_you_mean
 from weft.packed.formats.awq import AWQ
 from weft.packed.formats.bitsandbytes import BitsAndBytes
-from weft.packed.formats.compressed_tensors import MXFP4, NVFP4, FloatQuantized, IntQuantized, PackQuantized
+from weft.packed.formats.compressed_tensors import (
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    FloatQuantized,
+    IntQuantized,
+    PackQuantized,
+)
 from weft.packed.formats.experts import Experts
 from weft.packed.formats.format import Format
 from weft.packed.formats.fp8 import FP8
@@ -22,7 +29,7 @@ from weft.packed.formats.own import Own
 FORMATS: dict[str, Format] = {
     made.name: made
     for made in (
-        *(PackQuantized(), IntQuantized(), FloatQuantized(), NVFP4(), MXFP4()),
+        *(PackQuantized(), IntQuantized(), FloatQuantized(), NVFP4(), MXFP4(), MXFP8()),
         *(FP8(), GPTQ(), GPTQ2(), AWQ(), BitsAndBytes(), Experts(), Own()),
     )
 }

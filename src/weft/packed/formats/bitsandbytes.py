@@ -25,7 +25,8 @@ from weft.errors import CheckpointError
 from weft.packed.form import Packed
 from weft.packed.formats.format import DAMAGED, Format, Get, Shapes, expect, optional, required, shape_of
 from weft.packed.formats.nibbles import pack_high_first, unpack_high_first
-from weft.packed.forms import NESTED, Affine, Lookup, dynamic_map, in_blocks
+from weft.packed.forms import Affine, Lookup
+from weft.packed.levels import NESTED, dynamic_map, in_blocks
 
 _STATE = "weight.quant_state.bitsandbytes__"
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from weft.errors import CheckpointError
+from weft.packed.around import Activations
 from weft.packed.bits import unpack_bits
 from weft.packed.form import Packed
 from weft.packed.formats.format import DAMAGED, Get, Shapes, check_groups, expect, number, optional, required, shape_of
 from weft.packed.formats.grids import by_group, signed_affine
 from weft.packed.formats.groups import scheme_of
 from weft.packed.formats.nibbles import unpack_low_first
-from weft.packed.forms import Activations, Affine, Minifloat
+from weft.packed.forms import Affine, Minifloat
+from weft.packed.levels import MICROSCALED
 
 
 def plain_shape(name: str, shapes: Shapes, get: Get, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -129,10 +131,10 @@ def _read_int8(name: str, plain: Tensor, get: Get, weights: Mapping[str, Any]) -
 def _read_float8(name: str, plain: Tensor, get: Get, weights: Mapping[str, Any]) -> Packed:
     expect(f"{name}.weight", plain, None, torch.float8_e4m3fn)
     out, columns = plain.shape
-    return float8(
-        name, plain, expect(f"{name}.weight_scale", required(get, f"{name}.weight_scale"), None),
-        _block(name, weights, out, columns),
-    )  # fmt: skip
+    scale = required(get, f"{name}.weight_scale")
+    if scale.dtype == torch.uint8:  # powers of two
+        scale = scale.view(torch.float8_e8m0fnu)
+    return float8(name, plain, expect(f"{name}.weight_scale", scale, None), _block(name, weights, out, columns))
 
 
 def float8(name: str, plain: Tensor, scale: Tensor, block: tuple[int, int]) -> Minifloat:
@@ -173,24 +175,47 @@ def _read_float4(name: str, words: Tensor, get: Get) -> Packed:
         expect(f"{name}.weight_scale", scale, (len(codes), -(-codes.shape[1] // 32)), torch.uint8, power)
         return Minifloat(codes, scale.view(power), "e2m1", (1, 32))
     expect(f"{name}.weight_scale", scale, (len(codes), -(-codes.shape[1] // 16)))
-    divisor = expect(f"{name}.weight_global_scale", required(get, f"{name}.weight_global_scale"), None, torch.float32)
+    common = _divided(f"{name}.weight_global_scale", required(get, f"{name}.weight_global_scale"))
+    return Minifloat(codes, scale, "e2m1", (1, 16), common)
+
+
+def _divided(name: str, divisor: Tensor) -> Tensor:
+    """What scales are multiplied by, of what they are divided by."""
+    expect(name, divisor, None, torch.float32)
     if divisor.numel() != 1 or not float(divisor.abs()) > 0:
-        raise CheckpointError(f"{name}.weight_global_scale is one number that is not 0. The file is damaged.")
-    return Minifloat(codes, scale, "e2m1", (1, 16), 1 / divisor.double().reshape(()))
+        raise CheckpointError(f"{name} is one number that is not 0. The file is damaged.")
+    return 1 / divisor.double().reshape(())
 
 
 def _with_inputs(name: str, made: Packed, get: Get, inputs: Mapping[str, Any] | None) -> Packed:
-    """With inputs in 8 bits; inputs of other kinds (4 bits, one dynamic scale for all) are taken as they come."""
-    if not inputs or inputs.get("num_bits") != 8 or not inputs.get("symmetric", True):
+    """With inputs of the kinds that weft knows; those of others (one dynamic scale for all) are taken as they come."""
+    if not inputs or inputs.get("num_bits") not in (4, 8) or not inputs.get("symmetric", True):
         return made
-    kind = "e4m3" if inputs.get("type") == "float" else "int8"
-    size = inputs.get("group_size") if inputs.get("strategy") == "group" else 0
-    if inputs.get("dynamic"):
-        if inputs.get("strategy") not in ("token", "group"):
-            return made
-        fits = type(size) is int and size >= 0 and (not size or made.shape[1] % size == 0)
-        return Activations(made, kind, None, size or 0) if fits and inputs.get("dynamic") is True else made
+    size = inputs.get("group_size") if inputs.get("strategy") in ("group", "tensor_group") else 0
+    size, dynamic = size or 0, inputs.get("dynamic")
+    if type(size) is not int or size < 0 or (size and made.shape[1] % size):
+        return made
+    kind = _kind(inputs)
+    if kind == "nvfp4":
+        divisor = optional(get, f"{name}.input_global_scale")
+        return made if divisor is None else Activations(made, kind, _divided(f"{name}.input_global_scale", divisor))
+    if not kind or dynamic:
+        fits = kind and dynamic is True and inputs.get("strategy") in ("token", "group")
+        return Activations(made, kind, None, 0 if kind in MICROSCALED else size) if fits else made
     scale = optional(get, f"{name}.input_scale")
-    if scale is None or scale.numel() != 1 or not scale.is_floating_point():
+    if kind in MICROSCALED or scale is None or scale.numel() != 1 or not scale.is_floating_point():
         return made
     return Activations(made, kind, scale.float().reshape(()))
+
+
+def _kind(inputs: Mapping[str, Any]) -> str:
+    """What inputs are quantised to; empty if weft does not know it."""
+    bits, scales = inputs["num_bits"], str(inputs.get("scale_dtype")).removeprefix("torch.")
+    if inputs.get("type") != "float":
+        return f"int{bits}"
+    if scales == "uint8" and inputs.get("strategy") == "group":
+        return f"mxfp{bits}" if inputs.get("group_size") == 32 else ""
+    if bits == 4:
+        nested = inputs.get("strategy") == "tensor_group" and inputs.get("group_size") == 16
+        return "nvfp4" if nested and inputs.get("dynamic") == "local" else ""
+    return "e4m3"

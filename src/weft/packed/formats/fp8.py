@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from weft.errors import CheckpointError, RecipeError
+from weft.packed.around import Activations
 from weft.packed.form import Packed
 from weft.packed.formats.compressed_read import float8
 from weft.packed.formats.format import Format, Get, Shapes, expect, optional, required, shape_of
-from weft.packed.forms import Activations, Minifloat
+from weft.packed.forms import Minifloat
 
 _SCALES = ("weight_scale_inv", "weight_scale")
 _INPUTS = ("activation_scale", "input_scale")

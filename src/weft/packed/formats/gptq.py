@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import CheckpointError
+from weft.packed.around import Permuted, within
 from weft.packed.bits import WORD, pack_bits, unpack_bits
 from weft.packed.form import Packed
 from weft.packed.formats.format import (
@@ -38,7 +39,7 @@ from weft.packed.formats.format import (
     shape_of,
 )
 from weft.packed.formats.grids import by_group, is_symmetric, not_whole, unsigned
-from weft.packed.forms import Affine, Permuted
+from weft.packed.forms import Affine
 
 BITS = (2, 3, 4, 8)
 
@@ -56,7 +57,7 @@ class GPTQ(Format):
         return torch.float16
 
     def refuses(self, packed: Packed) -> str:
-        inner = packed.inner if isinstance(packed, Permuted) else packed
+        inner = within(packed, Permuted)
         if not isinstance(inner, Affine) or inner.bits not in BITS:
             return f"it holds grids of 2, 3, 4 or 8 bits, not {inner.form}. Take weft."
         for axis, size in zip(("outputs", "inputs"), inner.shape):
@@ -68,7 +69,7 @@ class GPTQ(Format):
         return why
 
     def _write(self, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
-        inner = packed.inner if isinstance(packed, Permuted) else packed
+        inner = within(packed, Permuted)
         assert isinstance(inner, Affine)
         codes, zero = unsigned(inner)
         group = torch.arange(inner.shape[1], device=codes.device) // inner.group_size
@@ -161,7 +162,7 @@ class GPTQ2(GPTQ):
 
 def _facts(packed: Packed) -> tuple[int, int, bool, bool]:
     """Bits, group size (−1: the row), whether inputs are permuted, whether zero points are the middle."""
-    inner = packed.inner if isinstance(packed, Permuted) else packed
+    inner = within(packed, Permuted)
     assert isinstance(inner, Affine)
     size = -1 if inner.scale.shape[1] == 1 else inner.group_size
     return inner.bits, size, isinstance(packed, Permuted), is_symmetric(inner)

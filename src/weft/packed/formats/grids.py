@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.packed.around import Activations, LowRank, Permuted, Transposed
 from weft.packed.form import Packed
-from weft.packed.forms import Activations, Affine, Lookup, LowRank, Minifloat, Permuted, Transposed
+from weft.packed.forms import Affine, Lookup, Minifloat
 
 
 def of_scales(packed: Packed) -> dict[str, Tensor]:
@@ -48,12 +49,18 @@ def same_scales(first: Packed, second: Packed) -> bool:
 
 def unsigned(packed: Affine) -> tuple[Tensor, Tensor]:
     """Codes and zero points counted from 0: int32 (out, in) and (out, groups)."""
-    return packed.codes.int() - packed.low, packed.zero.double().round().int() - packed.low
+    low = _lowest(packed)
+    return packed.codes.int() - low, packed.zero.double().round().int() - low
+
+
+def _lowest(packed: Affine) -> int:
+    """The code that is written as 0: of signed codes the lowest of their bits, also where a grid leaves it out."""
+    return min(packed.low, -(1 << (packed.bits - 1))) if packed.low < 0 else packed.low
 
 
 def not_whole(packed: Affine) -> str:
     """Why zero points are no codes; empty where they are."""
-    shifted = packed.zero.double() - packed.low
+    shifted = packed.zero.double() - _lowest(packed)
     if (
         bool((shifted == shifted.round()).all())
         and float(shifted.min()) >= 0

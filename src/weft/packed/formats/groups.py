@@ -24,8 +24,16 @@ class Scheme(NamedTuple):
     inputs: Mapping[str, Any] | None
 
 
-def make_groups(form: str, layers: Mapping[str, Scheme], ignored: Sequence[str]) -> dict[str, Any]:
+def make_groups(
+    form: str, layers: Mapping[str, Scheme], ignored: Sequence[str], others: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The ``quantization_config`` of layers; one group where all have one scheme, else one of names for each.
+
+    Args:
+        form: the format.
+        layers: what each is.
+        ignored: linear layers that are not packed.
+        others: layers that are in another format, and which.
 
     >>> made = make_groups("pack-quantized", {"a.fc": Scheme({"num_bits": 4}, None)}, ["lm_head"])
     >>> made["config_groups"]["group_0"]["targets"], made["ignore"]
@@ -33,10 +41,10 @@ def make_groups(form: str, layers: Mapping[str, Scheme], ignored: Sequence[str])
     """
     members: dict[str, list[str]] = {}
     for name, scheme in layers.items():
-        members.setdefault(json.dumps(scheme, sort_keys=True), []).append(name)
+        members.setdefault(json.dumps([*scheme, (others or {}).get(name, form)], sort_keys=True), []).append(name)
     groups = {}
     for place, (text, names) in enumerate(members.items()):
-        weights, inputs = json.loads(text)
+        weights, inputs, written = json.loads(text)
         # a class says less than names do, but every engine understands it; embeddings are no linear layers
         tables = [n for n in names if n.rpartition(".")[2] in EMBEDDINGS]
         groups[f"group_{place}"] = {
@@ -44,11 +52,11 @@ def make_groups(form: str, layers: Mapping[str, Scheme], ignored: Sequence[str])
             "weights": weights,
             "input_activations": inputs,
             "output_activations": None,
-            "format": form,
+            "format": written,
         }
     return {
         "quant_method": "compressed-tensors",
-        "format": form,
+        "format": form if len({g["format"] for g in groups.values()}) < 2 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": list(ignored),
         "config_groups": groups,
