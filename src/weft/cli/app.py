@@ -92,6 +92,7 @@ def as_typed(message: str) -> str:
     """
     message = message.replace("check_base=False", "--no-check-base").replace("max_change", "--max-change")
     message = re.sub(r'\b(missing|mismatch)="(\w+)"', r"--\1 \2", message).replace("base=…", "--base")
+    message = message.replace("skip_errors=True", "--on-error skip")
     return re.sub(r"\b(force|allow_non_finite)=True", lambda found: "--" + found[1].replace("_", "-"), message)
 
 
@@ -822,7 +823,7 @@ def _method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], 
             values[key.removeprefix("no_")] = False
             continue
         if key not in known:
-            raise RecipeError(f"{method} has no option --{key.replace('_', '-')}.{did_you_mean(key, known)}")
+            raise RecipeError(f"{method} has no option --{key.replace('_', '-')}.{_near_option(key, list(known))}")
         if not equals:
             if known[key].type == "bool" and (not rest or rest[0].lower() not in ("true", "false")):
                 values[key] = True
@@ -832,6 +833,18 @@ def _method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], 
             text = rest.pop(0)
         values[key] = _value(text)
     return values, models
+
+
+def _near_option(key: str, known: list[str]) -> str:
+    """The nearest of a method's options and of the command's own; if none is near, the method's."""
+    import click
+
+    context = click.get_current_context(silent=True)
+    own = [o for p in context.command.params for o in p.opts if o[:2] == "--"] if context else []
+    near = did_you_mean("--" + key.replace("_", "-"), [*("--" + k.replace("_", "-") for k in known), *own])
+    if near.startswith(" Did") or context is None:
+        return near
+    return f"{did_you_mean(key, known)} `weft {context.info_name} --help` lists the command's own."
 
 
 def _weighted(adapter: str) -> tuple[str, float]:

@@ -62,6 +62,7 @@ class Request:
 def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress: Progress) -> str:
     """What the command prints."""
     from weft.engine.checkpoint_writer import check_target
+    from weft.engine.journal import WorkFolder
     from weft.quantize.evaluate import evaluate
     from weft.quantize.plan import peak_memory, plan_quantization
     from weft.quantize.report import write_report
@@ -70,7 +71,9 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
     began = time.monotonic()
     recipe, config, file_format = configuration(request)
     with closing(open_checkpoint(request.model)) as checkpoint:
-        check_target(checkpoint, Path(request.output).expanduser().absolute(), request.force)
+        target = Path(request.output).expanduser().absolute()
+        if not WorkFolder(target).published:
+            check_target(checkpoint, target, request.force)
         needs = any(c.needs or c.targets for c in _changes(config))
         batches = _batches(checkpoint, request, needs, dry_run, progress)
         changes = _with_rest(config, checkpoint, request)
@@ -86,6 +89,7 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
             )
         if request.target_bytes or request.target_bits:
             changes, recipe, file_format = _chosen(checkpoint, changes, request, batches, recipe, file_format, progress)
+        held_out = read_for(checkpoint, request.evaluate, request.options, [], progress) if request.evaluate else []
         timings: dict[str, float] = {}
         made = quantize_model(
             checkpoint, request.output, changes, batches, format=file_format, where=request.where or "*",
@@ -97,7 +101,6 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
     facts = _facts(made, before, recipe, seconds, peak, plan)
     scores: dict[str, dict[str, float]] = {}
     if request.evaluate:
-        held_out = _read(request.model, request.evaluate, request.options, progress)
         scores = {
             "before": evaluate(request.model, held_out, progress=progress),
             "after": evaluate(made, held_out, request.model, progress=progress),
@@ -123,6 +126,11 @@ def configuration(request: Request) -> tuple[dict[str, Any], Change, str]:
             raise RecipeError(f"The scheme {request.scheme} is made by {scheme.method}; leave --method out.")
         name = name or (("gptq" if request.data or request.statistics else "rtn") if scheme.grid else scheme.method)
         known = find_method(name).parameters
+        bits = values.get("bits", scheme.parameters.get("bits"))
+        if bits != scheme.parameters.get("bits"):
+            raise RecipeError(
+                f"{request.scheme.upper()} has {scheme.parameters['bits']} bits, and --bits {bits} was given."
+            )
         values = {**{k: v for k, v in scheme.parameters.items() if k in known}, **values}
         file_format = scheme.file_format if file_format == "auto" else file_format
     if not name:
@@ -308,6 +316,10 @@ def _chosen(
 
     if request.target_bytes and request.target_bits:
         raise RecipeError("Give --target-size or --target-bits, one of them.")
+    if batches is None and not request.statistics:
+        raise RecipeError(
+            "--target-size and --target-bits choose by errors on data: add --data texts.jsonl, or --data self."
+        )
     row = find_method(recipe["method"])
     if "bits" not in row.parameters:
         raise RecipeError(f"{row.name} has no --bits that could be chosen; take a method that has, such as gptq.")
@@ -319,7 +331,13 @@ def _chosen(
     budget = None
     if request.target_bytes:  # less what is not chosen, as it is
         sizes = (t.natural_dtype.nbytes(t.size) for n, t in checkpoint.items() if n not in checkpoint.aliases)
-        budget = request.target_bytes - (sum(sizes) - sum(curves.sizes.values()) * _bytes_of(checkpoint))
+        rest = sum(sizes) - sum(curves.sizes.values()) * _bytes_of(checkpoint)
+        budget = request.target_bytes - rest
+        if budget <= 0:
+            raise RecipeError(
+                f"--target-size of {request.target_bytes:,} bytes cannot be met: what is not quantised, embeddings and head above "
+                f"all, takes {rest:,} bytes. Give more."
+            )
     target = None if budget is not None else request.target_bits
     found = choose_bits(checkpoint, candidates, batches, target_bits=target, target_bytes=budget, curves=curves)
     bits = {name: int(label) for name, label in found.allocation.choices.items()}
