@@ -21,8 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "calibrate"))
 
 CASES = ("gptq", "flexround", "rtn", "mixed", "collect", "compare")

@@ -34,7 +34,7 @@ from weft.calibrate.forward import digest_of
 from weft.calibrate.parts import Part, Parts
 from weft.calibrate.source import FromCheckpoint, InMemory
 from weft.calibrate.statistics import Statistics
-from weft.calibrate.task import BlockTask, Change, as_changes
+from weft.calibrate.task import BlockTask, Change, as_changes, check_data
 from weft.calibrate.walker import Block, Walk
 from weft.calibrate.watch import check_what
 from weft.calibrate.watch_block import block_layers, results_of, watched
@@ -146,10 +146,7 @@ def write_blocks(
     extra = check_what(what, list(KINDS)) if what else []
     held = Statistics.load(statistics) if isinstance(statistics, str | os.PathLike) else statistics
     data = None if batches is None else list(batches)
-    needs = any(c.needs for c in changes.values())
-    if data is None and ((needs and held is None) or extra or any(c.targets for c in changes.values())):
-        kinds = ", ".join(dict.fromkeys([*extra, *(k for c in changes.values() for k in c.needs)]))
-        raise RecipeError(f"{kinds or 'Hidden states'} are statistics of data, and there is none; give batches.")
+    check_data(changes, data, held, extra)
     checkpoint = open_checkpoint(model)
     progress = progress or Progress()
     target = Path(os.path.abspath(Path(output).expanduser()))
@@ -192,15 +189,18 @@ def write_blocks(
             whole, changed_names = parts.assembled(checkpoint, config)
             if config != checkpoint.config:
                 texts["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            with CheckpointWriter(whole, target, force=force, shard_bytes=shard_bytes, work=work) as writer:
-                stable = {n: {k: v for k, v in notes.items() if k != "seconds"} for n, notes in report.items()}
-                said = {**facts, "changed": changed_names, "layers": stable, "blocks": parts.report("blocks")}
-                if timings is not None:
-                    timings.update({n: notes["seconds"] for n, notes in report.items() if "seconds" in notes})
-                writer.publish({"weft": weft.__version__, **said}, texts)
-            own = {id(t.source) for t in checkpoint.tensors.values()}  # which the caller may go on with
-            for source in {id(t.source): t.source for t in whole.tensors.values() if id(t.source) not in own}.values():
-                source.close()
+            try:
+                with CheckpointWriter(whole, target, force=force, shard_bytes=shard_bytes, work=work) as writer:
+                    stable = {n: {k: v for k, v in notes.items() if k != "seconds"} for n, notes in report.items()}
+                    said = {**facts, "changed": changed_names, "layers": stable, "blocks": parts.report("blocks")}
+                    if timings is not None:
+                        timings.update({n: notes["seconds"] for n, notes in report.items() if "seconds" in notes})
+                    writer.publish({"weft": weft.__version__, **said}, texts)
+            finally:
+                own = {id(t.source) for t in checkpoint.tensors.values()}  # which the caller may go on with
+                made = {id(t.source): t.source for t in whole.tensors.values() if id(t.source) not in own}
+                for source in made.values():
+                    source.close()
             return target
         except Exception as error:
             # a second try would fail as this did; with skip_errors it would not, where a result is not finite

@@ -38,7 +38,7 @@ from weft.calibrate.forward import Batch, StandIns, call, digest_of, hidden_of, 
 from weft.calibrate.source import FromCheckpoint, InMemory, open_source
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.open import open_checkpoint
-from weft.errors import OutputError, RecipeError, disk_error
+from weft.errors import OutputError, RecipeError, WeftError, disk_error
 
 _ORIGINAL = "original-"  # folders of the original model's hidden states
 
@@ -48,7 +48,9 @@ def _told(model: nn.Module, number: int) -> Iterator[None]:
     """Around a model's own code before its first block: what is wrong with a batch, in words."""
     try:
         yield
-    except (IndexError, TypeError, KeyError) as error:
+    except (IndexError, TypeError, KeyError, ValueError) as error:
+        if isinstance(error, WeftError):
+            raise
         raise RecipeError(
             f"{type(model).__name__} cannot be called with batch {number} ({str(error).splitlines()[0]}). A batch is a tensor, a "
             "tuple of positional or a mapping of named arguments; token ids lie within the model's vocabulary, and rows within its "

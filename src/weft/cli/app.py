@@ -152,7 +152,7 @@ def merge(
 ) -> None:
     """Merge models. The method's own parameters are options too: --density 0.5 (see `weft methods ties`)."""
     _load_plugins(plugin)
-    values, names = _method_options(models, method)
+    values, names = _method_options(models, method, merge)
     if weights:
         values["weights"] = [float(w) for w in _numbers(weights)]
     kinds = ("adapter_config.json", "weft_adapter.json")
@@ -456,7 +456,7 @@ def adapt(
     from weft.engine.progress import default_progress
 
     _load_plugins(plugin)
-    values, names = _method_options(model, method)
+    values, names = _method_options(model, method, adapt)
     if len(names) != 1:
         raise RecipeError(f"weft adapt takes one model, got {names}.")
     if recipe:
@@ -803,7 +803,7 @@ def _progress(progress: Any) -> Iterator[Any]:
         progress.finish()
 
 
-def _method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], list[str]]:
+def _method_options(arguments: list[str], method: str, command: Any) -> tuple[dict[str, Any], list[str]]:
     """``--density 0.5 --normalize false`` as parameters; what is no option is one more model."""
     from weft.registry import method as find_method
 
@@ -823,7 +823,7 @@ def _method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], 
             values[key.removeprefix("no_")] = False
             continue
         if key not in known:
-            raise RecipeError(f"{method} has no option --{key.replace('_', '-')}.{_near_option(key, list(known))}")
+            raise RecipeError(f"{method} has no option --{key.replace('_', '-')}.{_near_option(key, list(known), command)}")
         if not equals:
             if known[key].type == "bool" and (not rest or rest[0].lower() not in ("true", "false")):
                 values[key] = True
@@ -835,16 +835,17 @@ def _method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], 
     return values, models
 
 
-def _near_option(key: str, known: list[str]) -> str:
+def _near_option(key: str, known: list[str], command: Any) -> str:
     """The nearest of a method's options and of the command's own; if none is near, the method's."""
-    import click
+    from inspect import get_annotations
 
-    context = click.get_current_context(silent=True)
-    own = [o for p in context.command.params for o in p.opts if o[:2] == "--"] if context else []
+    said = get_annotations(command, eval_str=True).values()
+    marks = [o for one in said for o in getattr(one, "__metadata__", ())]
+    own = [n for o in marks for n in (o.default, *(o.param_decls or ())) if isinstance(n, str) and n[:2] == "--"]
     near = did_you_mean("--" + key.replace("_", "-"), [*("--" + k.replace("_", "-") for k in known), *own])
-    if near.startswith(" Did") or context is None:
+    if near.startswith(" Did"):
         return near
-    return f"{did_you_mean(key, known)} `weft {context.info_name} --help` lists the command's own."
+    return f"{did_you_mean(key, known)} `weft {command.__name__} --help` lists the command's own."
 
 
 def _weighted(adapter: str) -> tuple[str, float]:

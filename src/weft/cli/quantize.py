@@ -74,8 +74,7 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
         target = Path(request.output).expanduser().absolute()
         if not WorkFolder(target).published:
             check_target(checkpoint, target, request.force)
-        needs = any(c.needs or c.targets for c in _changes(config))
-        batches = _batches(checkpoint, request, needs, dry_run, progress)
+        batches = _batches(checkpoint, request, _changes(config), dry_run, progress)
         changes = _with_rest(config, checkpoint, request)
         plan = plan_quantization(
             checkpoint, changes, batches, where=request.where or "*", format=file_format, memory=request.memory
@@ -266,8 +265,10 @@ def _changes(config: Any) -> list[Change]:
 
 
 def _batches(
-    checkpoint: Checkpoint, request: Request, needs: bool, dry_run: bool, progress: Progress
+    checkpoint: Checkpoint, request: Request, changes: list[Change], dry_run: bool, progress: Progress
 ) -> Batches | None:
+    runs = any(c.runs_blocks() for c in changes)
+    needs = runs or any(c.needs for c in changes)
     if request.data and (needs or request.target_bytes or request.target_bits):
         if dry_run and request.data == SELF:
             import torch
@@ -276,7 +277,12 @@ def _batches(
         return read_for(checkpoint, request.data, request.options, [], progress)
     if needs and not request.statistics:
         raise RecipeError(
-            f"{request.method or request.scheme} needs data: --data texts.jsonl, or --data self, or --statistics."
+            f"{request.method or request.scheme} needs data: --data texts.jsonl, or --data self"
+            f"{'' if runs else ', or --statistics'}."
+        )
+    if runs:
+        raise RecipeError(
+            f"{request.method} runs blocks over data, so that --statistics alone do not do: add --data texts.jsonl, or --data self."
         )
     return None
 

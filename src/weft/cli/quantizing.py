@@ -86,7 +86,7 @@ def quantize(
     from weft.recipe.size import parse_size
 
     _load_plugins(plugin)
-    values, names = _method_options(model, method or "rtn")
+    values, names = _method_options(model, method or "rtn", quantize)
     if len(names) != 1:
         raise RecipeError(f"weft quantize takes one model, got {names}.")
     if on_error not in ("stop", "skip"):

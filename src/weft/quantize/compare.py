@@ -286,7 +286,7 @@ class _Run:
             began = time.perf_counter()
             if not folder.exists():
                 changes = list(config.values()) if isinstance(config, Mapping) else [config]
-                walks = self.sequential or any(c.targets for c in changes)
+                walks = self.sequential or any(c.runs_blocks() for c in changes)
                 quantize_model(
                     self.checkpoint, folder, config, self.data if walks else None,
                     format=form,
