@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "calibrate"))
 
 CASES = ("gptq", "flexround", "rtn", "mixed", "collect", "compare")
-AT_OPERATIONS, AT_MOMENTS, FULL = (int(n) for n in os.environ.get("WEFT_KILLS", "3,2,3").split(","))  # of each case
+AT_OPERATIONS, AT_MOMENTS, FULL = (int(n) for n in os.environ.get("WEFT_KILLS", "2,1,1").split(","))  # of each case
 SPACE = ("write", "pwrite", "fsync", "fdatasync", "posix_fallocate", "mkdir", "open", "write_text")  # what takes some
 Strike = Callable[[str, "int | str | None"], None]
 
@@ -180,6 +180,7 @@ def kills(folder: Path, seed: int) -> None:
         every = range(1, count + 1)
 
         def chosen(number: int, every: range = every) -> list[int]:
+            number = -(-number // 2) if case == "compare" else number  # it takes several times as long
             return [*every] if number >= len(every) else choice.sample(every, number)
 
         trials: list[dict[str, Any]] = [
@@ -223,9 +224,9 @@ def test_killed_or_out_of_space_at_any_operation(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, __file__, str(tmp_path), "0"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.strip().splitlines()[-1])
-    assert counts["killed"] >= 0.6 * len(CASES) * (AT_OPERATIONS + AT_MOMENTS), counts
-    assert counts["full"] >= 0.6 * len(CASES) * FULL, counts
-    assert counts["went on"] >= 5, counts
+    assert counts["killed"] >= 0.5 * len(CASES) * (AT_OPERATIONS + AT_MOMENTS), counts
+    assert counts["full"] >= 0.5 * len(CASES) * FULL, counts
+    assert counts["went on"] >= 3, counts
 
 
 if __name__ == "__main__":

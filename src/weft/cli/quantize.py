@@ -80,6 +80,8 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
             checkpoint, changes, batches, where=request.where or "*", format=file_format, memory=request.memory
         )
         if dry_run:
+            if request.target_bytes or request.target_bits:  # nothing is measured yet
+                plan |= {"bytes": request.target_bytes, "target_bits": request.target_bits}
             facts = {**plan, "output": request.output, **recipe}
             return json.dumps(facts, indent=1) if as_json else _plan_text(facts)
         if not as_json:
@@ -409,10 +411,16 @@ def _plan_text(facts: dict[str, Any]) -> str:
         f"method    {facts['method']} {facts['parameters']}",
         f"layers    {facts['layers']} in {facts['blocks']} blocks",
         f"memory    at most {size(facts['memory'])}, hidden states of {size(facts['hidden'])} included",
-        f"output    about {size(facts['bytes'])}, from {size(facts['bytes_before'])}",
+        f"output    {_planned(facts)}, from {size(facts['bytes_before'])}",
         "Nothing was written (dry run).",
     ]
     return "\n".join(lines)
+
+
+def _planned(facts: dict[str, Any]) -> str:
+    if facts.get("target_bits"):
+        return f"{facts['target_bits']:g} bits a weight on the mean, chosen layer by layer"
+    return f"about {size(facts['bytes'])}" if facts["bytes"] else "of a size that is not known beforehand"
 
 
 def _read(model: str, data: str, options: DataOptions, progress: Progress) -> Batches:

@@ -90,8 +90,8 @@ class CheckpointWriter:
                 infos = ((n, self._checkpoint[n].natural_dtype, self._checkpoint[n].shape) for n in names)
                 prefix, header = build_header(infos, {})
                 writer = ShardWriter(self._work.files / shard, prefix, header)
-                writer.create()
                 self._writers |= dict.fromkeys(names, writer)
+                writer.create()
         except BaseException:
             self.__exit__()
             raise
