@@ -179,8 +179,10 @@ def kills(folder: Path, seed: int) -> None:
         shutil.rmtree(folder / "out")
         every = range(1, count + 1)
 
-        def chosen(number: int, every: range = every) -> list[int]:
-            number = -(-number // 2) if case == "compare" else number  # it takes several times as long
+        share = 2 if case == "compare" else 1  # it takes several times as long
+
+        def chosen(number: int, every: range = every, share: int = share) -> list[int]:
+            number = -(-number // share)
             return [*every] if number >= len(every) else choice.sample(every, number)
 
         trials: list[dict[str, Any]] = [
