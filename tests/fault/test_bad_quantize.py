@@ -130,10 +130,11 @@ def test_options(arguments: tuple[object, ...], words: str, root: Path, tmp_path
         ('{"input_ids": [1, 99999]}', "the model knows 400"),
         ('{"input_ids": [1, 99999999999999999999]}', "below 2³¹"),
         ('{"input_ids": [1, -1]}', "not negative"),
+        (json.dumps({"input_ids": [5] * 100}), "has 64 positions; give --length 64"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no chat template"),
         (b"\xff\xfe\x00", "cannot be read as text"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_data(text: str | bytes, words: str, root: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
@@ -154,6 +155,7 @@ def test_data_that_is_shorter_than_asked(root: Path, tmp_path: Path) -> None:
 def test_batches_in_python(root: Path, tmp_path: Path) -> None:
     for batch, words in (
         ({"input_ids": torch.tensor([[5, 99999]])}, "within the model's vocabulary"),
+        (torch.tensor([5, 6, 7]), "cannot be called with batch 0"),
         ({"text": "a"}, "cannot be called with batch 0"),
         ({"pixel_values": torch.zeros(1, 3, 4, 4)}, "cannot be called with batch 0"),
     ):

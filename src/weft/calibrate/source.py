@@ -331,6 +331,11 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _on_meta(checkpoint: Checkpoint, model_class: Any) -> Any:
+    if checkpoint.name.endswith(".gguf"):
+        raise CheckpointError(
+            f"{checkpoint.name}: is a GGUF file, without a config.json that transformers reads. Convert it first: "
+            f"weft convert {checkpoint.name} -o model/"
+        )
     if not checkpoint.config or checkpoint.folder is None:
         raise CheckpointError(
             f"{checkpoint.name}: has no config.json, so its architecture is not known. Give the model's folder, or a model "

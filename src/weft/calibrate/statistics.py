@@ -27,7 +27,6 @@ from weft.checkpoint.save import save_tensors
 from weft.engine.journal import WorkFolder
 from weft.errors import CheckpointError, RecipeError, did_you_mean
 
-
 _GATHERED_BY = {
     "minimum": "range", "maximum": "range", "mean_abs": "scales", "max_abs": "scales", "square_sum": "scales", "histogram": "percentiles",
 }  # fmt: skip

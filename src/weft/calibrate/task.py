@@ -233,10 +233,14 @@ def check_data(changes: Mapping[Any, Change], data: object, statistics: object, 
         return
     runs = [type(c).__name__ for c in changes.values() if c.runs_blocks()]
     if runs:
-        raise RecipeError(f"{runs[0]} runs blocks over calibration data, and there is none; statistics alone do not do. Give batches.")
+        raise RecipeError(
+            f"{runs[0]} runs blocks over calibration data, and there is none; statistics alone do not do. Give batches."
+        )
     kinds = dict.fromkeys([*extra, *(k for c in changes.values() if statistics is None for k in c.needs)])
     if kinds:
-        raise RecipeError(f"{', '.join(kinds)} are statistics of data, and there is none; give batches{'' if extra else ', or statistics'}.")
+        raise RecipeError(
+            f"{', '.join(kinds)} are statistics of data, and there is none; give batches{'' if extra else ', or statistics'}."
+        )
 
 
 def as_changes(change: Any) -> dict[Any, Change]:

@@ -48,8 +48,8 @@ def _told(model: nn.Module, number: int) -> Iterator[None]:
     """Around a model's own code before its first block: what is wrong with a batch, in words."""
     try:
         yield
-    except (IndexError, TypeError, KeyError, ValueError) as error:
-        if isinstance(error, WeftError):
+    except (IndexError, TypeError, KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, WeftError) or "memory" in str(error):
             raise
         raise RecipeError(
             f"{type(model).__name__} cannot be called with batch {number} ({str(error).splitlines()[0]}). A batch is a tensor, a "

@@ -823,7 +823,9 @@ def _method_options(arguments: list[str], method: str, command: Any) -> tuple[di
             values[key.removeprefix("no_")] = False
             continue
         if key not in known:
-            raise RecipeError(f"{method} has no option --{key.replace('_', '-')}.{_near_option(key, list(known), command)}")
+            raise RecipeError(
+                f"{method} has no option --{key.replace('_', '-')}.{_near_option(key, list(known), command)}"
+            )
         if not equals:
             if known[key].type == "bool" and (not rest or rest[0].lower() not in ("true", "false")):
                 values[key] = True
