@@ -8,7 +8,15 @@ without a traceback and exits with the class's ``exit_code``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class WeftError(Exception):
@@ -63,6 +71,42 @@ class MissingDependencyError(WeftError, ImportError):
     """An optional package is needed: install the extra that the message names."""
 
     exit_code = 5
+
+
+def disk_error(path: Any, error: OSError, nbytes: int = 0) -> OutputError:
+    """What to say of a file or folder that cannot be written: what is needed where it lies, if the disk is full.
+
+    >>> import errno
+    >>> str(disk_error("/out/a.safetensors", OSError(errno.EACCES, "Permission denied")))
+    '/out/a.safetensors: cannot be written (Permission denied). Choose another output.'
+    >>> print(str(disk_error("/out/a.safetensors", OSError(errno.ENOSPC, "No space left on device"), 5000)).partition(";")[0])
+    /out/a.safetensors: there is no room for its 5,000 bytes (No space left on device
+    """
+    if error.errno not in _FULL:
+        return OutputError(f"{path}: cannot be written ({error.strerror or error}). Choose another output.")
+    free = ""
+    for folder in Path(path).absolute().parents:
+        try:
+            free = f"; {folder} has {shutil.disk_usage(folder).free:,} free"
+            break
+        except OSError:
+            continue
+    room = f"its {nbytes:,} bytes" if nbytes else "it"
+    return OutputError(
+        f"{path}: there is no room for {room} ({error.strerror}{free}). Free space and run the same command again: it goes on "
+        "where it was; or choose another output."
+    )
+
+
+@contextmanager
+def disk_errors(path: Any) -> Iterator[None]:
+    """Around what writes beneath a path: errors of the disk become :class:`OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, WeftError) or error.errno not in _DISK:
+            raise
+        raise disk_error(error.filename or path, error) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

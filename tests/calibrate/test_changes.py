@@ -18,7 +18,7 @@ from architectures import MODELS, build
 import weft
 from weft.calibrate import BlockTask, Change, Statistics, Walk, collect, rewrite
 from weft.calibrate.watch_block import block_layers
-from weft.errors import CheckpointError, NonFiniteError, RecipeError
+from weft.errors import CheckpointError, NonFiniteError, OutputError, RecipeError
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +194,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(stop: int, tmp_path: Pa
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_another_run_begins_anew(tmp_path: Path) -> None:
+def test_another_run_begins_anew_if_forced(tmp_path: Path) -> None:
     _, batches, folder = saved(tmp_path)
 
     def stops(name: str, weight: Tensor, statistics: Statistics) -> Tensor:
@@ -204,7 +204,9 @@ def test_another_run_begins_anew(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         rewrite(folder, batches, stops, tmp_path / "out", recipe={"factor": 3})
-    made = rewrite(folder, batches, double, tmp_path / "out", recipe={"factor": 2})
+    with pytest.raises(OutputError, match="unfinished run with other options"):
+        rewrite(folder, batches, double, tmp_path / "out", recipe={"factor": 2})
+    made = rewrite(folder, batches, double, tmp_path / "out", recipe={"factor": 2}, force=True)
     with weft.open(folder) as before, weft.open(made) as after:
         name = "model.layers.0.mlp.up_proj.weight"
         assert torch.equal(after[name].torch(), 2 * before[name].torch())

@@ -88,7 +88,7 @@ def test_an_adapter_that_starts_from_data(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_user_gets_wrong(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="Did you mean rank"):
+    with pytest.raises(RecipeError, match="Did you mean --rank"):
         run(folder, "--rnk", 4)
     with pytest.raises(RecipeError, match="is not an adapter"):
         run(folder, "--method", "ties")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weft.checkpoint.open import open_checkpoint
 from weft.checkpoint.save import save_tensors
-from weft.errors import OutputError
+from weft.errors import OutputError, disk_error
 
 
 class Activations:
@@ -108,7 +108,10 @@ class Activations:
         if self._folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="weft-")
             self._folder = Path(self._temporary.name)
-        os.makedirs(self._folder, exist_ok=True)
+        try:
+            os.makedirs(self._folder, exist_ok=True)
+        except OSError as error:
+            raise disk_error(self._folder, error) from None
         return self._folder / f"{number:06d}.safetensors"
 
 

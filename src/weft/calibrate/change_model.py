@@ -21,7 +21,7 @@ from weft.calibrate.per_sample import evaluating
 from weft.calibrate.rewrite import Loaded, change_block, explicit, rest_of, warn_of
 from weft.calibrate.source import InMemory, find_blocks
 from weft.calibrate.statistics import Statistics
-from weft.calibrate.task import Change, as_changes
+from weft.calibrate.task import Change, as_changes, check_data
 from weft.calibrate.walker import Block, Walk
 from weft.calibrate.watch import check_what
 from weft.engine.progress import Progress
@@ -79,8 +79,7 @@ def change_model_(
     held = Statistics.load(statistics) if isinstance(statistics, str | Path) else statistics
     data = None if batches is None else list(batches)
     targets = any(c.targets for c in changes.values())
-    if data is None and ((held is None and any(c.needs for c in changes.values())) or extra or targets):
-        raise RecipeError("This needs calibration data, and there is none; give batches.")
+    check_data(changes, data, held, extra)
     if held is not None:
         held.check(model)
     progress = progress or Progress()

@@ -39,7 +39,7 @@ from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.fingerprint import fingerprint_of
 from weft.checkpoint.open import open_checkpoint
 from weft.engine.progress import Progress
-from weft.errors import RecipeError
+from weft.errors import RecipeError, disk_errors
 from weft.function.where import Selector, matches, nearest_names
 
 STATISTICS = (*KINDS, "routing", *GRADIENTS)
@@ -105,7 +105,7 @@ def collect(
         source = model if opened is None else opened
         assert isinstance(source, nn.Module | Checkpoint)
         facts = Facts(provenance=_provenance(source, data, options))
-        with sink.begin(facts, source):
+        with disk_errors(output), sink.begin(facts, source):
             inputs = [k for k in kinds if k not in GRADIENTS]
             if inputs:
                 if _is_walked(source, blocks):

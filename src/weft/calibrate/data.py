@@ -189,7 +189,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                             f"{path}, line {number}: is not JSON ({error}). One sample a line is needed."
                         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as text ({error}).") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: cannot be read as text ({why}).") from None
 
 
 def _row(sample: Any, number: int, named: str, tokenizer: Any, options: DataOptions) -> tuple[list[int], list[int]]:
@@ -206,8 +207,12 @@ def _row(sample: Any, number: int, named: str, tokenizer: Any, options: DataOpti
         )
     if kind == "input_ids":
         ids = sample["input_ids"]
-        if not isinstance(ids, Sequence) or not all(type(i) is int and i >= 0 for i in ids):
-            raise CheckpointError(f"{where}: input_ids must be a list of whole numbers that are not negative.")
+        if isinstance(ids, Sequence) and any(isinstance(i, Mapping) for i in ids):
+            raise CheckpointError(f"{where}: is a list of samples; write each on a line of its own, without the list.")
+        if not isinstance(ids, Sequence) or not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
+            raise CheckpointError(
+                f"{where}: input_ids must be a list of whole numbers that are not negative, below 2³¹."
+            )
         labels = sample.get("labels", ids)
         if not isinstance(labels, Sequence) or not all(type(i) is int for i in labels):
             raise CheckpointError(f"{where}: labels must be a list of whole numbers, {IGNORED} where there is none.")

@@ -88,6 +88,7 @@ def check_target(folder: str | os.PathLike[str], force: bool) -> Path:
         OutputError: something is there that may not be replaced.
     """
     target = Path(os.path.abspath(Path(folder).expanduser()))
+    WorkFolder(target).tidy()
     if target.exists() or target.is_symlink():
         if not force:
             raise OutputError(f"{target}: exists already. Choose another output, or replace it with force=True.")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.open import open_path
-from weft.checkpoint.save import save_tensors
-from weft.errors import OutputError
+from weft.checkpoint.save import remove_partial, save_tensors
+from weft.errors import OutputError, disk_error
 
 
 @dataclass
@@ -45,17 +45,31 @@ class Parts:
 
     Args:
         folder: where they lie.
-        identity: changes with whatever changes the result; parts of another run are removed.
+        identity: changes with whatever changes the result.
+        force: remove the parts of another run.
+
+    Raises:
+        OutputError: parts of another run are there, or the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, identity: str):
+    def __init__(self, folder: Path, identity: str, force: bool = False):
         self.folder = folder
         self.found = self._same(identity)
-        if not self.found:
-            shutil.rmtree(folder.parent / "walk", ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.found:
+            remove_partial(folder)
+            return
+        if not force and folder.is_dir() and self._paths():
+            raise OutputError(
+                f"{folder.parent}: holds an unfinished run with other options, data, another model or of another version of weft. "
+                "Finish it with the command that began it, or discard it with force=True."
+            )
+        shutil.rmtree(folder.parent / "walk", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
             folder.mkdir(parents=True)
             (folder / "run.json").write_text(json.dumps({"identity": identity}), encoding="utf-8")
+        except OSError as error:
+            raise disk_error(folder, error) from None
 
     def __contains__(self, number: object) -> bool:
         return isinstance(number, int) and self._path(number).is_file()

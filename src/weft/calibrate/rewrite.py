@@ -18,6 +18,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ from weft.calibrate.forward import digest_of
 from weft.calibrate.parts import Part, Parts
 from weft.calibrate.source import FromCheckpoint, InMemory
 from weft.calibrate.statistics import Statistics
-from weft.calibrate.task import BlockTask, Change, as_changes
+from weft.calibrate.task import BlockTask, Change, as_changes, check_data
 from weft.calibrate.walker import Block, Walk
 from weft.calibrate.watch import check_what
 from weft.calibrate.watch_block import block_layers, results_of, watched
@@ -42,7 +43,7 @@ from weft.checkpoint.open import open_checkpoint
 from weft.engine.checkpoint_writer import SHARD_BYTES, CheckpointWriter, check_target
 from weft.engine.journal import WorkFolder
 from weft.engine.progress import Progress
-from weft.errors import CheckpointError, NonFiniteError, RecipeError
+from weft.errors import CheckpointError, NonFiniteError, RecipeError, disk_errors
 from weft.function.where import ALL_LINEAR, Selector, most_specific, nearest_names
 from weft.packed import Packed
 
@@ -99,7 +100,7 @@ def rewrite(
         skip_errors: leave a layer as it is where its change fails, and say so in ``weft.json``.
         memory: bytes of hidden states to keep in memory.
         shard_bytes: largest file.
-        force: replace an output that weft made.
+        force: replace an output that weft made, and discard an unfinished run of something else.
         check: see :class:`weft.calibrate.Walk`.
         autocast: see :class:`weft.calibrate.Walk`; not done for changes that read the original model's hidden states.
         progress: where to report.
@@ -149,27 +150,27 @@ def write_blocks(
     extra = check_what(what, list(KINDS)) if what else []
     held = Statistics.load(statistics) if isinstance(statistics, str | os.PathLike) else statistics
     data = None if batches is None else list(batches)
-    needs = any(c.needs for c in changes.values())
-    if data is None and ((needs and held is None) or extra or any(c.targets for c in changes.values())):
-        kinds = ", ".join(dict.fromkeys([*extra, *(k for c in changes.values() for k in c.needs)]))
-        raise RecipeError(f"{kinds or 'Hidden states'} are statistics of data, and there is none; give batches.")
+    check_data(changes, data, held, extra)
     checkpoint = open_checkpoint(model)
     progress = progress or Progress()
     target = Path(os.path.abspath(Path(output).expanduser()))
     work = WorkFolder(target)
     try:
-        check_target(checkpoint, target, force)
         if held is not None:
             held.check(checkpoint)
         digest = None if data is None else digest_of(data)
         facts = {"model": checkpoint.name, "recipe": dict(recipe or {}), "data": digest, "seed": seed}
+        configured = [(repr(s), repr(c)) for s, c in changes.items() if is_dataclass(c)]
+        work.identity = identity = digest_of([
+            weft.__version__, checkpoint.fingerprint, json.dumps(facts["recipe"], sort_keys=True, default=str), digest,
+            repr(where), seed, None if held is None else held.facts.provenance, extra, configured, autocast,
+        ])  # fmt: skip
+        if work.tidy() == identity:  # this very run was killed when all was done
+            return target
+        check_target(checkpoint, target, force)
         work.acquire()
         try:
-            identity = digest_of([
-                weft.__version__, checkpoint.fingerprint, json.dumps(facts["recipe"], sort_keys=True, default=str), digest,
-                repr(where), seed, None if held is None else held.facts.provenance, extra, autocast,
-            ])  # fmt: skip
-            parts = Parts(work.root / "parts", identity)
+            parts = Parts(work.root / "parts", identity, force)
             seen: list[tuple[str, nn.Module]] = []  # for a hint, as long as nothing was chosen
             chosen = False
             walk_folder = None if data is None else work.root / "walk"
@@ -192,22 +193,31 @@ def write_blocks(
             whole, changed_names = parts.assembled(checkpoint, config)
             if config != checkpoint.config:
                 texts["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            with CheckpointWriter(whole, target, force=force, shard_bytes=shard_bytes, work=work) as writer:
-                stable = {n: {k: v for k, v in notes.items() if k != "seconds"} for n, notes in report.items()}
-                said = {**facts, "changed": changed_names, "layers": stable, "blocks": parts.report("blocks")}
-                if timings is not None:
-                    timings.update({n: notes["seconds"] for n, notes in report.items() if "seconds" in notes})
-                writer.publish({"weft": weft.__version__, **said}, texts)
-            own = {id(t.source) for t in checkpoint.tensors.values()}  # which the caller may go on with
-            for source in {id(t.source): t.source for t in whole.tensors.values() if id(t.source) not in own}.values():
-                source.close()
+            try:
+                with CheckpointWriter(whole, target, force=force, shard_bytes=shard_bytes, work=work) as writer:
+                    stable = {n: {k: v for k, v in notes.items() if k != "seconds"} for n, notes in report.items()}
+                    said = {**facts, "changed": changed_names, "layers": stable, "blocks": parts.report("blocks")}
+                    if timings is not None:
+                        timings.update({n: notes["seconds"] for n, notes in report.items() if "seconds" in notes})
+                    writer.publish({"weft": weft.__version__, **said}, texts)
+            finally:
+                own = {id(t.source) for t in checkpoint.tensors.values()}  # which the caller may go on with
+                made = {id(t.source): t.source for t in whole.tensors.values() if id(t.source) not in own}
+                for source in made.values():
+                    source.close()
             return target
         except Exception as error:
             # a second try would fail as this did; with skip_errors it would not, where a result is not finite
             wrong = isinstance(error, RecipeError | CheckpointError) and not isinstance(error, NonFiniteError)
             if wrong or not any((work.root / "parts").glob("*.safetensors")):
                 work.remove()
-            raise
+            elif isinstance(error, NonFiniteError) and not skip_errors:
+                raise NonFiniteError(
+                    f"{error} Finished blocks are kept: the same with skip_errors=True goes on behind them, with force=True it "
+                    "begins anew."
+                ) from error
+            with disk_errors(work.root):
+                raise
     finally:
         work.release()
         if checkpoint is not model:
@@ -264,17 +274,46 @@ def change_block(
         if selector is not None:
             mine.setdefault(selector, {})[name] = layer
     kinds = list(dict.fromkeys([*extra, *(k for s in mine for k in changes[s].needs)]))
+    if mine and not skip_errors:
+        _check_finite(block, {n: m for layers in mine.values() for n, m in layers.items()})
     statistics = held or Statistics({}, Facts())
+    failed: dict[Any, str] = {}
     if kinds and held is None:
         needed = {n: m for s, layers in mine.items() for n, m in layers.items() if extra or changes[s].needs}
-        statistics = _statistics_of(block, kinds, needed)
+        try:
+            statistics = _statistics_of(block, kinds, needed)
+        except NonFiniteError as error:
+            if not skip_errors:
+                raise
+            failed = {s: str(error) for s in mine if extra or changes[s].needs}
     tasks = []
     for selector, layers in mine.items():
         others = frozenset(n for other, names in mine.items() if other is not selector for n in names)
         task = BlockTask(block, layers, statistics, seed, skip_errors, rounding, others)
-        changes[selector].change_block(task)
         tasks.append(task)
+        if selector in failed:  # what the block is given is not finite
+            for name, layer in layers.items():
+                own = _is_finite(layer.weight)
+                task.note(name, failed=failed[selector] if own else "its weights hold NaN or infinite values")
+            continue
+        changes[selector].change_block(task)
     return tasks
+
+
+def _is_finite(tensor: Any) -> bool:
+    return not tensor.is_floating_point() or all(bool(p.isfinite().all()) for p in tensor.detach().split(4096))
+
+
+def _check_finite(block: Block, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse damaged weights by their names, before they spoil what is behind them."""
+    found: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
+    if not block.is_rest:
+        found |= {f"{block.name}.{n}": p for n, p in block.module.named_parameters()}
+    for name, tensor in found.items():
+        if not _is_finite(tensor):
+            raise NonFiniteError(
+                f"{name} holds NaN or infinite values. Repair the model, or leave such layers as they are with skip_errors=True."
+            )
 
 
 def explicit(changes: Mapping[Any, Change]) -> dict[Any, Change]:

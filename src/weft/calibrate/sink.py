@@ -16,7 +16,7 @@ from torch import Tensor
 from weft.calibrate.facts import Facts, check_target, publish
 from weft.calibrate.statistics import Statistics
 from weft.checkpoint.checkpoint import Checkpoint
-from weft.checkpoint.save import save_tensors
+from weft.checkpoint.save import remove_partial, save_tensors
 from weft.engine.journal import WorkFolder
 from weft.errors import OutputError, RecipeError
 
@@ -76,6 +76,7 @@ class FolderSink(MemorySink):
             for part in self._work.root.glob("*.json"):
                 part.unlink()
             self._work.files.mkdir()
+        remove_partial(self._work.files)
         self._work.begin(None if goes_on else identity)
         return self
 

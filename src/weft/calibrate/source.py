@@ -217,7 +217,7 @@ class FromCheckpoint(InMemory):
         missing = _missing(self.model, set(found.values()))
         if missing:
             raise CheckpointError(
-                f"{self.checkpoint.name}: no tensor for {missing[0]} and {len(missing) - 1} others of "
+                f"{self.checkpoint.name}: no tensor for {missing[0]}{f' and {len(missing) - 1} others' * (len(missing) > 1)} of "
                 f"{type(self.model).__name__}.{did_you_mean(missing[0], list(self.checkpoint)[:500])} The file is "
                 "incomplete, or of another architecture than its config.json says."
             )
@@ -233,10 +233,11 @@ class FromCheckpoint(InMemory):
         options = LoadStateDictConfig(weight_mapping=self._mapping, dtype=self.model.dtype, dtype_plan=plan)
         with quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, options)
-        problems = [*info.error_msgs, *info.conversion_errors.values(), *map(str, info.mismatched_keys)]
+        wrong = [f"{name} is {list(a)} in the file and {list(b)} by config.json" for name, a, b in info.mismatched_keys]
+        problems = [*info.error_msgs, *info.conversion_errors.values(), *wrong]
         if problems:
             raise CheckpointError(
-                f"{self.checkpoint.name}: the weights of {prefix or 'the model'} do not fit: {problems[0]}"
+                f"{self.checkpoint.name}: the weights of {prefix.rstrip('.') or 'the model'} do not fit: {problems[0]}."
             )
 
     def _rebuild_buffers(self, prefix: str) -> None:
@@ -330,6 +331,11 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _on_meta(checkpoint: Checkpoint, model_class: Any) -> Any:
+    if checkpoint.name.endswith(".gguf"):
+        raise CheckpointError(
+            f"{checkpoint.name}: is a GGUF file, without a config.json that transformers reads. Convert it first: "
+            f"weft convert {checkpoint.name} -o model/"
+        )
     if not checkpoint.config or checkpoint.folder is None:
         raise CheckpointError(
             f"{checkpoint.name}: has no config.json, so its architecture is not known. Give the model's folder, or a model "
@@ -341,7 +347,14 @@ def _on_meta(checkpoint: Checkpoint, model_class: Any) -> Any:
         raise MissingDependencyError(
             "Building a model from its config.json needs transformers: pip install 'weft[hf]'."
         ) from None
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        kind = checkpoint.config.get("model_type")
+        raise CheckpointError(
+            f"{checkpoint.name}: transformers {transformers.__version__} cannot read its config.json, model_type {kind!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from None
     try:
         return on_meta(config, model_class)
     except CheckpointError as error:

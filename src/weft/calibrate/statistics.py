@@ -27,6 +27,10 @@ from weft.checkpoint.save import save_tensors
 from weft.engine.journal import WorkFolder
 from weft.errors import CheckpointError, RecipeError, did_you_mean
 
+_GATHERED_BY = {
+    "minimum": "range", "maximum": "range", "mean_abs": "scales", "max_abs": "scales", "square_sum": "scales", "histogram": "percentiles",
+}  # fmt: skip
+
 
 class Statistics:
     """What :func:`weft.calibrate.collect` gathered; tensors in a folder are read when they are asked for.
@@ -220,7 +224,10 @@ class Statistics:
             if name not in known:
                 raise RecipeError(f"There are no statistics of {name!r}.{did_you_mean(name, known)}")
             kinds = sorted(k.rpartition("/")[2] for k in self._tensors if k.startswith(f"{name}/"))
-            raise RecipeError(f"{name}: {kind} was not gathered; there are {', '.join(kinds) or 'none'}.")
+            raise RecipeError(
+                f"{name}: {kind} was not gathered; there are {', '.join(kinds) or 'none'}. Gather statistics again with "
+                f"{_GATHERED_BY.get(kind, kind)} among them."
+            )
         held = self._tensors[key]
         if isinstance(held, Tensor):
             return held

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -62,6 +62,10 @@ class Change:
     def without_data(self) -> Change | None:
         """What is done to a layer that too few rows of inputs reached; None: the same."""
         return None
+
+    def runs_blocks(self) -> bool:
+        """Whether blocks are run over data while they are changed, so that statistics alone do not do."""
+        return self.targets
 
     def scratch(self, rows: int, columns: int) -> float:
         """Bytes that changing one layer takes beside the model and the statistics: copies in float32, codes, packing."""
@@ -217,6 +221,26 @@ def as_stored(layer: nn.Module, value: Packed) -> Packed:
     weight: Any = layer.weight
     layout: Layout = layout_of(layer, "weight", weight)
     return Transposed(value) if layout.transposed else value
+
+
+def check_data(changes: Mapping[Any, Change], data: object, statistics: object, extra: Iterable[str] = ()) -> None:
+    """Whether there is what changes need: batches, or statistics where these do.
+
+    Raises:
+        RecipeError: data is missing.
+    """
+    if data is not None:
+        return
+    runs = [type(c).__name__ for c in changes.values() if c.runs_blocks()]
+    if runs:
+        raise RecipeError(
+            f"{runs[0]} runs blocks over calibration data, and there is none; statistics alone do not do. Give batches."
+        )
+    kinds = dict.fromkeys([*extra, *(k for c in changes.values() if statistics is None for k in c.needs)])
+    if kinds:
+        raise RecipeError(
+            f"{', '.join(kinds)} are statistics of data, and there is none; give batches{'' if extra else ', or statistics'}."
+        )
 
 
 def as_changes(change: Any) -> dict[Any, Change]:

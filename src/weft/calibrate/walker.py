@@ -48,9 +48,24 @@ from weft.calibrate.forward import (
 from weft.calibrate.source import FromCheckpoint, InMemory, open_source
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.open import open_checkpoint
-from weft.errors import OutputError, RecipeError
+from weft.errors import OutputError, RecipeError, WeftError, disk_error
 
 _ORIGINAL = "original-"  # folders of the original model's hidden states
+
+
+@contextlib.contextmanager
+def _told(model: nn.Module, number: int) -> Iterator[None]:
+    """Around a model's own code before its first block: what is wrong with a batch, in words."""
+    try:
+        yield
+    except (IndexError, TypeError, KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, WeftError) or "memory" in str(error):
+            raise
+        raise RecipeError(
+            f"{type(model).__name__} cannot be called with batch {number} ({str(error).splitlines()[0]}). A batch is a tensor, a "
+            "tuple of positional or a mapping of named arguments; token ids lie within the model's vocabulary, and rows within its "
+            "positions."
+        ) from error
 
 
 class _Stop(Exception):
@@ -367,7 +382,10 @@ class Walk:
         self.source.load(names[:1])
         for number, batch in enumerate(self.batches):
             shared: dict[int, Tensor] = {}
-            with self._standing_in(index, number, shared), contextlib.suppress(_Stop), self._computing():
+            with (
+                self._standing_in(index, number, shared), contextlib.suppress(_Stop), _told(self.model, number),
+                self._computing(),
+            ):  # fmt: skip
                 call(self.model, batch)
             for name in names:
                 if len(self._calls[name]) != number + 1:
@@ -458,13 +476,22 @@ class Walk:
         path = self.folder / "walk.json"
         partial = path.with_suffix(".partial")
         journal = {"identity": self._known_identity, "finished": finished, "beside": self._beside}
-        partial.write_text(json.dumps(journal), encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                json.dump(journal, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            raise disk_error(path, error) from None
 
     def _finished_before(self) -> int:
         if self.folder is None:
             return 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(self.folder, error) from None
         self._known_identity = self._identity()
         path = self.folder / "walk.json"
         if not path.is_file():

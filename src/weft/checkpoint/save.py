@@ -9,7 +9,7 @@ from typing import Any
 
 from weft.checkpoint.header import build_header
 from weft.checkpoint.memory import from_mapping
-from weft.errors import OutputError
+from weft.errors import OutputError, disk_error
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -40,6 +40,20 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Any], metad
             os.fsync(file.fileno())
         os.replace(partial, target)
     except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror}).") from None
+        raise disk_error(target, error, len(prefix) + sum(t.nbytes for t in opened.values())) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: str | os.PathLike[str]) -> None:
+    """Remove what :func:`save_tensors` left in a folder when it was killed; nothing else may be writing there.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / ".patch.safetensors.123.partial").touch()
+    >>> remove_partial(folder)
+    >>> list(folder.iterdir())
+    []
+    """
+    for path in Path(folder).glob(".*.safetensors.*.partial"):
+        path.unlink(missing_ok=True)

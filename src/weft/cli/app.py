@@ -102,6 +102,7 @@ def as_typed(message: str) -> str:
     """
     message = message.replace("check_base=False", "--no-check-base").replace("max_change", "--max-change")
     message = re.sub(r'\b(missing|mismatch)="(\w+)"', r"--\1 \2", message).replace("base=…", "--base")
+    message = message.replace("skip_errors=True", "--on-error skip")
     return re.sub(r"\b(force|allow_non_finite)=True", lambda found: "--" + found[1].replace("_", "-"), message)
 
 

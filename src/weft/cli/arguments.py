@@ -32,13 +32,15 @@ def progress_shown(quiet: bool) -> Iterator[Any]:
         progress.finish()
 
 
-def method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], list[str]]:
+def method_options(arguments: list[str], method: str, command: Any) -> tuple[dict[str, Any], list[str]]:
     """``--density 0.5 --normalize false`` as parameters; what is no option is one more model.
+
+    ``command`` is the function of the command, whose own options are told where one of them is nearest.
 
     Raises:
         RecipeError: the method has no such option, or its value is missing.
 
-    >>> method_options(["one/", "--density", "0.5", "two/", "--no-normalize"], "ties")
+    >>> method_options(["one/", "--density", "0.5", "two/", "--no-normalize"], "ties", None)
     ({'density': 0.5, 'normalize': False}, ['one/', 'two/'])
     """
     from weft.registry import method as find_method
@@ -59,7 +61,8 @@ def method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], l
             values[key.removeprefix("no_")] = False
             continue
         if key not in known:
-            raise RecipeError(f"{method} has no option --{key.replace('_', '-')}.{did_you_mean(key, known)}")
+            near = _near_option(key, list(known), command)
+            raise RecipeError(f"{method} has no option --{key.replace('_', '-')}.{near}")
         if not equals:
             if known[key].type == "bool" and (not rest or rest[0].lower() not in ("true", "false")):
                 values[key] = True
@@ -69,6 +72,19 @@ def method_options(arguments: list[str], method: str) -> tuple[dict[str, Any], l
             text = rest.pop(0)
         values[key] = value_of(text)
     return values, models
+
+
+def _near_option(key: str, known: list[str], command: Any) -> str:
+    """The nearest of a method's options and of the command's own; if none is near, the method's."""
+    from inspect import get_annotations
+
+    said = get_annotations(command, eval_str=True).values()
+    marks = [o for one in said for o in getattr(one, "__metadata__", ())]
+    own = [n for o in marks for n in (o.default, *(o.param_decls or ())) if isinstance(n, str) and n[:2] == "--"]
+    near = did_you_mean("--" + key.replace("_", "-"), [*("--" + k.replace("_", "-") for k in known), *own])
+    if near.startswith(" Did"):
+        return near
+    return f"{did_you_mean(key, known)} `weft {command.__name__} --help` lists the command's own."
 
 
 def value_of(text: str) -> Any:

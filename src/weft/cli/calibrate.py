@@ -122,6 +122,12 @@ def read_for(
             f"The data holds token {largest}, and the model knows {vocabulary}; the ids are of another tokenizer. Give texts, "
             "or ids of the model's own."
         )
+    longest = max(b["input_ids"].shape[1] for b in batches)
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and longest > positions:
+        raise RecipeError(
+            f"The data has rows of {longest} tokens, and the model has {positions} positions; give --length {positions}."
+        )
     for batch in batches:
         if config.get("is_encoder_decoder"):  # labels become the decoder's inputs
             batch["decoder_attention_mask"] = (batch["labels"] != IGNORED).long()

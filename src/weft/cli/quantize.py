@@ -17,7 +17,7 @@ from weft.calibrate.data import SELF, DataOptions
 from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.open import open_checkpoint
 from weft.cli.calibrate import read_for
-from weft.cli.quantized import file_bytes, read_samples, score_lines
+from weft.cli.quantized import file_bytes, score_lines
 from weft.cli.show import size
 from weft.engine.progress import Progress
 from weft.errors import RecipeError
@@ -65,6 +65,7 @@ class Request:
 def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress: Progress) -> str:
     """What the command prints."""
     from weft.engine.checkpoint_writer import check_target
+    from weft.engine.journal import WorkFolder
     from weft.quantize.evaluate import evaluate
     from weft.quantize.plan import peak_memory, plan_quantization
     from weft.quantize.report import write_report
@@ -73,14 +74,17 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
     began = time.monotonic()
     recipe, config, file_format = configuration(request)
     with closing(open_checkpoint(request.model)) as checkpoint:
-        check_target(checkpoint, Path(request.output).expanduser().absolute(), request.force)
-        needs = any(c.needs or c.targets for c in _changes(config))
-        batches = _batches(checkpoint, request, needs, dry_run, progress)
+        target = Path(request.output).expanduser().absolute()
+        if not WorkFolder(target).published:
+            check_target(checkpoint, target, request.force)
+        batches = _batches(checkpoint, request, _changes(config), dry_run, progress)
         changes = _with_rest(config, checkpoint, request)
         plan = plan_quantization(
             checkpoint, changes, batches, where=request.where or "*", format=file_format, memory=request.memory
         )
         if dry_run:
+            if request.target_bytes or request.target_bits:  # nothing is measured yet
+                plan |= {"bytes": request.target_bytes, "target_bits": request.target_bits}
             facts = {**plan, "output": request.output, **recipe}
             return json.dumps(facts, indent=1) if as_json else _plan_text(facts)
         if not as_json:
@@ -89,6 +93,7 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
             )
         if request.target_bytes or request.target_bits:
             changes, recipe, file_format = _chosen(checkpoint, changes, request, batches, recipe, file_format, progress)
+        held_out = read_for(checkpoint, request.evaluate, request.options, [], progress) if request.evaluate else []
         timings: dict[str, float] = {}
         made = quantize_model(
             checkpoint, request.output, changes, batches, format=file_format, where=request.where or "*",
@@ -100,7 +105,6 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
     facts = _facts(made, before, recipe, seconds, peak, plan)
     scores: dict[str, dict[str, float]] = {}
     if request.evaluate:
-        held_out = read_samples(request.model, request.evaluate, request.options, progress)
         scores = {
             "before": evaluate(request.model, held_out, progress=progress),
             "after": evaluate(made, held_out, request.model, progress=progress),
@@ -135,6 +139,11 @@ def configuration(request: Request) -> tuple[dict[str, Any], Change, str]:
                 else f"{name} makes no grids of bits, groups and kind, which the scheme {scheme.name} is. Take a method such as "
                 f"gptq or awq, or leave --method out."
             )
+        bits = values.get("bits", scheme.parameters.get("bits"))
+        if bits != scheme.parameters.get("bits"):
+            raise RecipeError(
+                f"{scheme.name} has {scheme.parameters.get('bits', 'fixed')} bits, and --bits {bits:g} was given."
+            )
         values = {**{k: v for k, v in scheme.parameters.items() if k in known}, **values}
         file_format = scheme.file_format if file_format == "auto" else file_format
     if not name:
@@ -159,8 +168,10 @@ def _changes(config: Any) -> list[Change]:
 
 
 def _batches(
-    checkpoint: Checkpoint, request: Request, needs: bool, dry_run: bool, progress: Progress
+    checkpoint: Checkpoint, request: Request, changes: list[Change], dry_run: bool, progress: Progress
 ) -> Batches | None:
+    runs = any(c.runs_blocks() for c in changes)
+    needs = runs or any(c.needs for c in changes)
     if request.data and (needs or request.target_bytes or request.target_bits):
         if dry_run and request.data == SELF:
             import torch
@@ -169,7 +180,12 @@ def _batches(
         return read_for(checkpoint, request.data, request.options, [], progress)
     if needs and not request.statistics:
         raise RecipeError(
-            f"{request.method or request.scheme} needs data: --data texts.jsonl, or --data self, or --statistics."
+            f"{request.method or request.scheme} needs data: --data texts.jsonl, or --data self"
+            f"{'' if runs else ', or --statistics'}."
+        )
+    if runs:
+        raise RecipeError(
+            f"{request.method} runs blocks over data, so that --statistics alone do not do: add --data texts.jsonl, or --data self."
         )
     return None
 
@@ -209,6 +225,10 @@ def _chosen(
 
     if request.target_bytes and request.target_bits:
         raise RecipeError("Give --target-size or --target-bits, one of them.")
+    if batches is None and not request.statistics:
+        raise RecipeError(
+            "--target-size and --target-bits choose by errors on data: add --data texts.jsonl, or --data self."
+        )
     row = find_method(recipe["method"])
     if "bits" not in row.parameters:
         raise RecipeError(f"{row.name} has no --bits that could be chosen; take a method that has, such as gptq.")
@@ -220,7 +240,13 @@ def _chosen(
     budget = None
     if request.target_bytes:  # less what is not chosen, as it is
         sizes = (t.natural_dtype.nbytes(t.size) for n, t in checkpoint.items() if n not in checkpoint.aliases)
-        budget = request.target_bytes - (sum(sizes) - sum(curves.sizes.values()) * _bytes_of(checkpoint))
+        rest = sum(sizes) - sum(curves.sizes.values()) * _bytes_of(checkpoint)
+        budget = request.target_bytes - rest
+        if budget <= 0:
+            raise RecipeError(
+                f"--target-size of {request.target_bytes:,} bytes cannot be met: what is not quantised, embeddings and head above "
+                f"all, takes {rest:,} bytes. Give more."
+            )
     target = None if budget is not None else request.target_bits
     found = choose_bits(checkpoint, candidates, batches, target_bits=target, target_bytes=budget, curves=curves)
     bits = {name: int(label) for name, label in found.allocation.choices.items()}
@@ -291,7 +317,13 @@ def _plan_text(facts: dict[str, Any]) -> str:
         f"method    {facts['method']} {facts['parameters']}",
         f"layers    {facts['layers']} in {facts['blocks']} blocks",
         f"memory    at most {size(facts['memory'])}, hidden states of {size(facts['hidden'])} included",
-        f"output    about {size(facts['bytes'])}, from {size(facts['bytes_before'])}",
+        f"output    {_planned(facts)}, from {size(facts['bytes_before'])}",
         "Nothing was written (dry run).",
     ]
     return "\n".join(lines)
+
+
+def _planned(facts: dict[str, Any]) -> str:
+    if facts.get("target_bits"):
+        return f"{facts['target_bits']:g} bits a weight on the mean, chosen layer by layer"
+    return f"about {size(facts['bytes'])}" if facts["bytes"] else "of a size that is not known beforehand"

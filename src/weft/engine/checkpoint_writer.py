@@ -23,7 +23,7 @@ from weft.engine.journal import WorkFolder, sync_folder
 from weft.engine.plan import COPY_BYTES, index_file, split_into_shards
 from weft.engine.run import REPORT_FILE
 from weft.engine.writer import ShardWriter
-from weft.errors import OutputError
+from weft.errors import OutputError, disk_error
 from weft.kernels.convert import from_float32
 
 SHARD_BYTES = 5_000_000_000
@@ -82,13 +82,16 @@ class CheckpointWriter:
             self._work.acquire()
         try:
             shutil.rmtree(self._work.files, ignore_errors=True)
-            self._work.files.mkdir()
+            try:
+                self._work.files.mkdir()
+            except OSError as error:
+                raise disk_error(self._work.files, error) from None
             for shard, names in self._shards.items():
                 infos = ((n, self._checkpoint[n].natural_dtype, self._checkpoint[n].shape) for n in names)
                 prefix, header = build_header(infos, {})
                 writer = ShardWriter(self._work.files / shard, prefix, header)
-                writer.create()
                 self._writers |= dict.fromkeys(names, writer)
+                writer.create()
         except BaseException:
             self.__exit__()
             raise
@@ -176,7 +179,7 @@ class CheckpointWriter:
                 finally:
                     os.close(descriptor)
         except OSError as error:
-            raise OutputError(f"{self.output}: cannot be written ({error.strerror}).") from None
+            raise disk_error(self.output, error) from None
 
 
 def check_target(checkpoint: Checkpoint, output: Path, force: bool) -> None:

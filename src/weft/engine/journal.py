@@ -1,7 +1,8 @@
 """What survives a kill: a locked work folder and a record of the tensors that are safely on disk.
 
 ``OUT.partial/`` holds ``lock``, ``journal`` and ``files/``. When everything is written and verified, ``files`` is
-renamed to ``OUT`` in one step and the work folder is removed.
+renamed to ``OUT`` in one step and the work folder is removed. ``publishing`` says that this was begun; ``replaced`` is an
+older ``OUT``, which gets its name back if a kill fell between the two renames.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weft.errors import OutputError
+from weft.errors import OutputError, disk_error
 
 
 class WorkFolder:
@@ -25,6 +26,9 @@ class WorkFolder:
         self.output = output
         self.root = output.with_name(output.name + ".partial")
         self.files = self.root / "files"
+        self.identity = ""  # of the run, for whoever finds what a kill left
+        self._replaced = self.root / "replaced"
+        self._publishing = self.root / "publishing"
         self._journal_path = self.root / "journal"
         self._lock: int | None = None
         self._journal: int | None = None
@@ -39,7 +43,7 @@ class WorkFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise OutputError(f"{self.root}: cannot be created ({error.strerror}). Choose another output.") from None
+            raise disk_error(self.root, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -51,6 +55,42 @@ class WorkFolder:
         if not (self.root / "lock").exists():  # the other run finished and removed the folder before we had the lock
             self.release()
             self.acquire()
+            return
+        if self._replaced.exists() and not self.output.exists():  # killed between two renames
+            os.rename(self._replaced, self.output)
+        if self.published:
+            self._clear()
+        self._publishing.unlink(missing_ok=True)
+
+    def tidy(self) -> str | None:
+        """Remove what is left of a run that had given the output its name, and was killed before it removed its folder.
+
+        Returns:
+            The identity of that run; None if there is none.
+        """
+        if not self.published:
+            if self.output.exists() and self.root.is_dir() and {p.name for p in self.root.iterdir()} <= {"lock"}:
+                self.acquire()
+                self.remove()
+            return None
+        found = self._publishing.read_text(encoding="utf-8")
+        self.acquire()
+        self.remove()
+        return found
+
+    @property
+    def published(self) -> bool:
+        """Whether there is a rest of a run that :meth:`tidy` would remove."""
+        done = self._publishing.is_file() and self.output.exists()
+        return done and not (self.files.is_dir() and any(self.files.iterdir()))
+
+    def _clear(self) -> None:
+        """Delete all but the lock and the word that the output has its name, which goes last."""
+        for path in self.root.iterdir() if self.root.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in ("lock", self._publishing.name):
+                path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give the lock back."""
@@ -61,6 +101,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Delete everything of this run, then give the lock back."""
+        self._clear()
         shutil.rmtree(self.root, ignore_errors=True)
         self.release()
 
@@ -105,12 +146,18 @@ class WorkFolder:
         if single_file:
             made = next(self.files.iterdir())
         sync_folder(self.files)
-        if self.output.exists() or self.output.is_symlink():
-            if not force:
-                raise OutputError(f"{self.output}: appeared while this run was working; it is left as it is.")
-            os.rename(self.output, self.root / "replaced")
-        os.rename(made, self.output)
-        sync_folder(self.output.parent)
+        try:
+            self._publishing.write_text(self.identity, encoding="utf-8")
+            if self.output.exists() or self.output.is_symlink():
+                if not force:
+                    raise OutputError(f"{self.output}: appeared while this run was working; it is left as it is.")
+                os.rename(self.output, self._replaced)
+            os.rename(made, self.output)
+            sync_folder(self.output.parent)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise disk_error(self.output, error) from None
         self.remove()
 
 

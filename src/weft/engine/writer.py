@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
 from weft.checkpoint.header import Header
-from weft.errors import OutputError
+from weft.errors import OutputError, disk_error
 
 
 class ShardWriter:
@@ -26,8 +25,8 @@ class ShardWriter:
         Raises:
             OutputError: the disk is full; nothing but an empty file is left.
         """
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             os.posix_fallocate(self._descriptor, 0, self.size)
         except OSError as error:
             raise self._error(error) from None
@@ -66,9 +65,4 @@ class ShardWriter:
             self._descriptor = -1
 
     def _error(self, error: OSError) -> OutputError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return OutputError(
-                f"{self.path.name}: no room for {self.size:,} bytes ({error.strerror}). "
-                "Free space or choose another output, then run the same command again."
-            )
-        return OutputError(f"{self.path}: cannot be written ({error.strerror}).")
+        return disk_error(self.path, error, self.size)

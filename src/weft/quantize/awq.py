@@ -74,6 +74,10 @@ class AWQ(Grid, Change):
                 f"tokens={self.tokens!r}, rounding={self.rounding!r}."
             )
 
+    def runs_blocks(self) -> bool:
+        """Whether exponents are tried on blocks."""
+        return self.points > 0
+
     def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Affine:
         """A layer's codes where nothing before it can be scaled: its clips alone; see :class:`weft.calibrate.Change`."""
         return _codes(weight, statistics.gram(name), self, self.clip)

@@ -37,7 +37,14 @@ from weft.checkpoint.folder import read_json
 from weft.checkpoint.open import open_checkpoint
 from weft.engine.journal import WorkFolder
 from weft.engine.progress import Progress
-from weft.errors import CheckpointError, MissingDependencyError, OutputError, RecipeError, WeftError
+from weft.errors import (
+    CheckpointError,
+    MissingDependencyError,
+    OutputError,
+    RecipeError,
+    WeftError,
+    disk_errors,
+)
 from weft.quantize.choose import Chosen, choose_bits
 from weft.quantize.curves import INPUTS, Curves
 from weft.quantize.evaluate import evaluate
@@ -117,30 +124,31 @@ def compare_methods(
             f"Candidates need names that differ in letters or digits, and none is called original; got {', '.join(labels)}."
         )
     target = Path(os.path.abspath(Path(output).expanduser()))
-    _check_target(target, force)
-    checkpoint = open_checkpoint(model)
     work = WorkFolder(target)
+    checkpoint = open_checkpoint(model)
     with closing(checkpoint) if checkpoint is not model else nullcontext():
+        known = {
+            "model": checkpoint.name,
+            "candidates": {label: describe(c) for label, c in candidates.items()},
+            "mixed": list(mixed),
+            "measure": measure,
+            "sequential": sequential,
+            "data": digest_of(data),
+            "held_out_data": digest_of(held),
+        }
+        texts = [
+            weft.__version__,
+            checkpoint.fingerprint,
+            json.dumps(known, sort_keys=True, default=str),
+            repr(together),
+        ]
+        work.identity = digest_of(texts)
+        if work.tidy() == work.identity:  # this very run was killed when all was done
+            return dict(read_json(target / JSON_FILE))
+        _check_target(target, force)
         work.acquire()
         try:
-            known = {
-                "model": checkpoint.name,
-                "candidates": {label: describe(c) for label, c in candidates.items()},
-                "mixed": list(mixed),
-                "measure": measure,
-                "sequential": sequential,
-                "data": digest_of(data),
-                "held_out_data": digest_of(held),
-            }
-            identity = digest_of(
-                [
-                    weft.__version__,
-                    checkpoint.fingerprint,
-                    json.dumps(known, sort_keys=True, default=str),
-                    repr(together),
-                ]
-            )
-            rows = Parts(work.root / "rows", identity)
+            rows = Parts(work.root / "rows", work.identity, force)
             if not rows.found:
                 for name in ("statistics", "statistics.partial", "models", f"{CURVES_FILE}.partial"):
                     shutil.rmtree(work.root / name, ignore_errors=True)
@@ -185,6 +193,11 @@ def compare_methods(
                 shutil.move(work.root / "models", work.files / "models")
             work.publish(force, single_file=False)
             return found
+        except Exception as error:
+            if isinstance(error, RecipeError | CheckpointError) and not any((work.root / "rows").glob("*.safetensors")):
+                work.remove()  # a second try would fail as this did
+            with disk_errors(work.root):
+                raise
         finally:
             work.release()
 
@@ -271,7 +284,7 @@ class _Run:
             began = time.perf_counter()
             if not folder.exists():
                 changes = list(config.values()) if isinstance(config, Mapping) else [config]
-                walks = self.sequential or any(c.targets for c in changes)
+                walks = self.sequential or any(c.runs_blocks() for c in changes)
                 quantize_model(
                     self.checkpoint, folder, config, self.data if walks else None,
                     format=form,
@@ -293,8 +306,12 @@ class _Run:
             raise  # a full disk is no fault of the candidate
         except FAILURES as error:
             row["failed"] = str(error) or type(error).__name__
-        if not self.keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(WorkFolder(folder).root, ignore_errors=True)  # of what failed
+        if not self.keep and folder.exists():
+            removed = self.root / "removed"
+            shutil.rmtree(removed, ignore_errors=True)
+            os.rename(folder, removed)  # else a kill could leave a part of a model that looks finished
+            shutil.rmtree(removed, ignore_errors=True)
         return row
 
 

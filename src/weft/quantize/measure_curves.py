@@ -60,7 +60,7 @@ from weft.checkpoint.checkpoint import Checkpoint
 from weft.checkpoint.open import open_checkpoint
 from weft.engine.journal import WorkFolder
 from weft.engine.progress import Progress
-from weft.errors import CheckpointError, OutputError, RecipeError, WeftError
+from weft.errors import CheckpointError, OutputError, RecipeError, WeftError, disk_errors
 from weft.function.layout import is_conv1d, layout_of
 from weft.function.where import Selector, nearest_names
 from weft.packed import Packed
@@ -189,16 +189,18 @@ class _Run:
     def measure_into(self, output: str | os.PathLike[str], force: bool) -> Curves:
         """All blocks, each kept on disk when it is finished."""
         target = Path(os.path.abspath(Path(output).expanduser()))
-        _check_target(target, force)
         work = WorkFolder(target)
+        work.identity = digest_of([
+            weft.__version__, self.source.weights_identity(), json.dumps(self.facts, sort_keys=True, default=str),
+            repr(self.where), self.block_tokens,
+            *(None if s is None else s.facts.provenance for s in (self.held, self.slopes)),
+        ])  # fmt: skip
+        if work.tidy() == work.identity:  # this very run was killed when all was done
+            return Curves.load(target)
+        _check_target(target, force)
         work.acquire()
         try:
-            identity = digest_of([
-                weft.__version__, self.source.weights_identity(), json.dumps(self.facts, sort_keys=True, default=str),
-                repr(self.where), self.block_tokens,
-                *(None if s is None else s.facts.provenance for s in (self.held, self.slopes)),
-            ])  # fmt: skip
-            parts = Parts(work.root / "parts", identity)
+            parts = Parts(work.root / "parts", work.identity, force)
             seen: list[tuple[str, nn.Module]] = []
             for block in self.blocks(work.root / "walk"):
                 seen += block.linears().items()
@@ -217,6 +219,9 @@ class _Run:
         except (RecipeError, CheckpointError):
             work.remove()  # a second try would fail as this did
             raise
+        except OSError:
+            with disk_errors(work.root):
+                raise
         finally:
             work.release()
 

@@ -66,6 +66,10 @@ class SmoothQuant(W8A8):
                 f"alpha={self.alpha!r}, search={self.search!r}, tokens={self.tokens!r}, folds={self.folds!r}."
             )
 
+    def runs_blocks(self) -> bool:
+        """Each fold is tried on its block."""
+        return True
+
     def fit(self, name: str, weight: Tensor, statistics: Statistics) -> Activations:
         """A layer's codes where nothing before it can be scaled; see :class:`weft.calibrate.Change`."""
         return with_inputs(weight, self, self._input_scale(statistics.max_abs(name)))

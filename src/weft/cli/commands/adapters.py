@@ -48,7 +48,7 @@ def adapt(
     from weft.cli.adapt import AdaptPlan, adapt_command, adapt_text, read_plan
 
     load_plugins(plugin)
-    values, names = method_options(model, method)
+    values, names = method_options(model, method, adapt)
     if len(names) != 1:
         raise RecipeError(f"weft adapt takes one model, got {names}.")
     if recipe:

@@ -68,7 +68,7 @@ def merge(
 ) -> None:
     """Merge models. The method's own parameters are options too: --density 0.5 (see `weft methods ties`)."""
     load_plugins(plugin)
-    values, names = method_options(models, method)
+    values, names = method_options(models, method, merge)
     if weights:
         values["weights"] = _weights(weights)
     kinds = ("adapter_config.json", "weft_adapter.json")

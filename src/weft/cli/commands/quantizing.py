@@ -90,7 +90,7 @@ def quantize(
     from weft.recipe.size import parse_size
 
     load_plugins(plugin)
-    values, names = method_options(model, method or _method_of(scheme))
+    values, names = method_options(model, method or _method_of(scheme), quantize)
     if len(names) != 1:
         raise RecipeError(f"weft quantize takes one model, got {names}.")
     if on_error not in ("stop", "skip"):
