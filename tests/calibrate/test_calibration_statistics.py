@@ -15,7 +15,7 @@ from architectures import MODELS, build
 import weft
 from weft.calibrate import Statistics, Walk, collect
 from weft.calibrate.experts import unfused
-from weft.calibrate.sums import histogram, patches, percentile
+from weft.calibrate.sums import gram, histogram, patches, percentile
 from weft.calibrate.watch import experts_of, layers_of
 from weft.errors import CheckpointError, NonFiniteError, OutputError, RecipeError
 
@@ -419,3 +419,21 @@ def test_matrices_that_are_not_counted_are_named(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(target, name, (lambda *a: {}) if module == "collect" else (lambda m: False))
     with pytest.warns(UserWarning, match=r"layers\.0\.mlp\.experts\.gate_up_proj and 5 others hold several matrices"):
         collect(model, batches, "mean")
+
+
+@pytest.mark.parametrize("channels", [5, 512, 700, 1100])
+def test_products_of_bfloat16_round_nothing_on_the_way(channels: int) -> None:
+    x = torch.randn(300, channels, generator=torch.Generator().manual_seed(0))
+    rounded = x.bfloat16().double()
+
+    def away(total: torch.Tensor, values: torch.Tensor) -> float:
+        sizes = values.square().sum(0).sqrt()
+        return float(((total - values.T @ values) / (sizes[:, None] * sizes)).abs().max())
+
+    assert away(gram(x), x.double()) < 3e-6
+    assert away(gram(x.bfloat16()), rounded) < 3e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        under = gram(x)  # what a layer multiplies then
+    assert torch.equal(under, under.T)
+    assert away(under, rounded) < 3e-6
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"

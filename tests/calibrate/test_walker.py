@@ -388,3 +388,61 @@ def test_files_are_closed_behind_a_walk(tmp_path: Path) -> None:
     with Walk(tmp_path, batches) as walk:
         list(walk)
     assert not [p for p in opened() if p.startswith(str(tmp_path))]
+
+
+class Twice(nn.Module):
+    """A block with a layer that runs twice, and one that comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.last, self.seen = nn.Linear(3, 3), nn.Linear(3, 3), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.last(self.twice(x) + self.twice(2 * x))
+        self.seen += 1
+        return y
+
+
+def test_a_block_stops_when_its_layers_have_their_inputs() -> None:
+    batches = [torch.randn(2, 3) for _ in range(4)]
+    for names, passes in ((["last"], 1), (["twice"], 4), (["twice", "last"], 4)):
+        net = nn.Sequential(nn.Sequential(Twice(), Twice()))
+        counted: list[str] = []
+        with Walk(net, batches, blocks="0") as walk:
+            for block in walk:
+                module, before = block.module, block.module.seen
+                layers = [module.get_submodule(n) for n in names]
+                handles = [
+                    layer.register_forward_pre_hook(lambda *_, n=n, counted=counted: counted.append(n))
+                    for n, layer in zip(names, layers)
+                ]
+                block.run(until=layers)
+                for handle in handles:
+                    handle.remove()
+                assert module.seen - before == passes  # the first pass tells how often each layer runs
+            last = [net(x) for x in batches]
+            assert all(torch.equal(a, b) for a, b in zip(walk.outputs(), last))
+        assert all(counted.count(n) == 2 * 4 * (2 if n == "twice" else 1) for n in names)
+
+
+def test_the_first_block_runs_once_to_tell_what_blocks_return() -> None:
+    batches = [torch.randn(2, 3) for _ in range(4)]
+    net = nn.Sequential(nn.Sequential(Twice(), Twice()))
+    with Walk(net, batches, blocks="0") as walk:
+        next(iter(walk))
+        assert net[0][0].seen == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.calibrate.walker.has_bfloat16", lambda: True)
+    model, batches = build("llama", dtype)
+    exact = [x.float() for x in plain(model.float(), batches)]
+    with Walk(model.to(dtype), batches, autocast=True) as walk:
+        assert walk.autocast == (dtype != torch.bfloat16)
+        list(walk)
+        found = [out[0].float() for out in walk.outputs()]
+    for a, b in zip(found, exact):
+        assert 0 < float((a - b).norm() / b.norm()) < 0.02
+    monkeypatch.setattr("weft.calibrate.walker.has_bfloat16", lambda: False)
+    assert not Walk(model, batches, autocast=True).autocast

@@ -76,7 +76,7 @@ def test_what_cannot_be_pruned_is_said() -> None:
 def test_a_pruned_model_equals_pruning_by_hand(name: str, config: Wanda, tmp_path: Path) -> None:
     model, batches = build(name)
     model.save_pretrained(tmp_path / "model")
-    made = prune_model(tmp_path / "model", tmp_path / "out", config, batches)
+    made = prune_model(tmp_path / "model", tmp_path / "out", config, batches, autocast=False)
     blocks = model.model.layers if name == "llama" else model.transformer.h
     for block in blocks:  # by hand: hooks in the whole model, blocks in order
         layers = {m: [] for m in block.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
@@ -128,7 +128,7 @@ def test_statistics_of_a_folder_will_do(name: str, tmp_path: Path) -> None:
 
     made = rewrite(tmp_path / "model", None, change, tmp_path / "out")
     assert set(masks) == set(statistics.layers)
-    walked = prune_model(tmp_path / "model", tmp_path / "walked", config, batches)
+    walked = prune_model(tmp_path / "model", tmp_path / "walked", config, batches, autocast=False)
     with weft.open(made) as found, weft.open(walked) as other, weft.open(tmp_path / "model") as before:
         block = "h.0." if name == "gpt2" else "layers.0."
         first = [n for n in found if block in n and not torch.equal(found[n].torch(), before[n].torch())]

@@ -236,7 +236,7 @@ def test_a_model_on_disk(name: str, tmp_path: Path) -> None:
     model, batches = build(name)
     model.save_pretrained(tmp_path / "model")
     config = GPTQ(bits=4, group_size=8)
-    made = quantize_model(tmp_path / "model", tmp_path / "out", config, batches, format="dense")
+    made = quantize_model(tmp_path / "model", tmp_path / "out", config, batches, format="dense", autocast=False)
     reread = type(model).from_pretrained(made).eval()
     found = collect(model, batches, "gram")  # of the first block the inputs are the same
     report = json.loads((made / "weft.json").read_text())
@@ -257,6 +257,23 @@ def test_a_model_on_disk(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         a, b = model(**batches[0])[0], reread(**batches[0])[0]
     assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.95
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("groups", ["static", "dynamic"])
+def test_the_kernel_does_what_the_plain_loop_does(kind: str, groups: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = layer(300, 96)
+    config = GPTQ(3, 32, kind, order="none", groups=groups, block_size=40)
+    for w in (weight, weight.float()):
+        found = gptq_codes(w, gram.to(w.dtype), config)
+        with monkeypatch.context() as patch:  # the loop that other devices take
+            patch.setattr(sys.modules["weft.quantize.gptq"], "_has_kernel", lambda w: False)
+            other = gptq_codes(w, gram.to(w.dtype), config)
+        same = (found.codes.codes == other.codes.codes).float().mean()
+        assert (
+            same == 1 if w.dtype == torch.float64 else same > 0.99
+        )  # a tie may fall to the other side, and move the rest
+        torch.testing.assert_close(found.loss, other.loss, rtol=1e-3, atol=0)
 
 
 def test_layers_with_equal_inputs_share_a_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,10 +47,12 @@ def add_gram(x: Tensor, total: Tensor) -> Tensor:
     >>> add_gram(torch.tensor([[1.0, 2.0]]), torch.zeros(2, 2, dtype=torch.float64))[0].tolist()
     [1.0, 2.0]
     """
-    halves = x.device.type == "cpu" and (x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"))
-    with torch.autocast("cpu", enabled=False), bfloat16_products() if halves else contextlib.nullcontext():
+    on_cpu = x.device.type == "cpu"
+    rounded = on_cpu and torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    exact = on_cpu and (rounded or x.dtype == torch.bfloat16)
+    with torch.autocast("cpu", enabled=False), bfloat16_products() if exact else contextlib.nullcontext():
         for rows in x.split(_ROWS, dim=-2):
-            part = wide(rows)
+            part = wide(rows.bfloat16() if rounded else rows)
             for start in range(0, x.shape[-1], PANEL):
                 total[..., start : start + PANEL, start:] += part[..., start : start + PANEL].mT @ part[..., start:]
     return total

@@ -286,8 +286,9 @@ class Walk:
         self.source.load_rest()
         try:
             for number, batch in enumerate(self.batches):
-                with self._standing_in(len(self.source.stacks), number, {}):
-                    yield call(self.model, batch)
+                with self._standing_in(len(self.source.stacks), number, {}), self._computing():
+                    out = call(self.model, batch)
+                yield out
         finally:
             self.source.drop_rest()
 
@@ -365,13 +366,17 @@ class Walk:
                     out = block.module(*args, **kwargs)
                 del args, kwargs
                 if written is not None:
-                    written[number] = hidden_of(out, block.name)
+                    written[number] = self._typed(hidden_of(out, block.name))
         if written is not None:
             self._current.close()
             self._current = written
 
     def _computing(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
+
+    def _typed(self, hidden: Tensor) -> Tensor:
+        """In the model's type, where autocast has given others."""
+        return hidden.to(_dtype_of(self.model)) if self.autocast else hidden
 
     def _capture(self, index: int) -> None:
         """Record what each block of a list is given, and the hidden states that enter its first."""

@@ -214,14 +214,22 @@ def gptq_codes(
         fit_group(start)
         errors = torch.empty_like(w[start:stop])
         grids = scales.numpy(), zeros.numpy(), np.asarray(groups[start:stop])
-        round_to_grid(w.numpy(), upper.numpy(), *grids, made.numpy(), errors.numpy(), start, low, high)
+        column = w.numpy()
+        ends = column.dtype.type(low), column.dtype.type(high)  # one type in all of the loop
+        round_to_grid(column, upper.numpy(), *grids, made.numpy(), errors.numpy(), start, *ends)
         return errors
 
     blocks = _blocks(len(order), config)
-    on_cpu = w.device.type == "cpu"
-    loss = round_blocks(w, upper, blocks, round_block) if on_cpu else round_columns(w, upper, blocks, round_column)
+    if _has_kernel(w):
+        loss = round_blocks(w, upper, blocks, round_block)
+    else:
+        loss = round_columns(w, upper, blocks, round_column)
     codes = Affine(made[order.argsort()].T.contiguous(), scale, zero, config.bits, low)
     return Rounded(codes, loss, held.notes)
+
+
+def _has_kernel(w: Tensor) -> bool:
+    return w.device.type == "cpu"
 
 
 def _order(diagonal: Tensor, config: GPTQ) -> Tensor:
