@@ -1,13 +1,14 @@
 """What quantising costs: every method at 8, 4, 3 and 2 bits on a language model and on a sentence encoder.
 
-python benchmarks/quantize_quality.py --model LM [--methods rtn,gptq] [--only encoder]
+python benchmarks/quantize_quality.py --model LM [--methods 'rtn;awq, gptq rounding'] [--only encoder]
                                                     adds rows to benchmarks/results/quantize_quality.json
 
 LM is what ``benchmarks/language_model.py`` makes: calibrated on 64 × 256 tokens of packages that it was trained on, judged by
 perplexity on 96 × 256 tokens of held-out packages. The encoder is MiniLM-L6: calibrated on 96 docstrings of the standard library,
 judged by the mean of 1 − cos of 256 others' embeddings, and by a logistic regression that tells ten modules apart, fitted to the
 embeddings of the original on other docstrings. All matrices of the blocks are quantised, groups of 64 inputs share a scale;
-defaults otherwise. Bits and megabytes are those of the files. Rows that are there are not measured again.
+defaults otherwise. Bits and megabytes are those of the files; seconds are of one thread, reading and writing included. Rows
+that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -75,10 +76,6 @@ def candidates() -> dict[str, Change]:
         made[f"powerquant {bits}"] = PowerQuant(bits, GROUP)
     made |= {"fp8 8": FloatingPoint(), "w8a8 8": W8A8(), "smoothquant 8": SmoothQuant()}
     made |= {"nf4 4": Codebook("nf4"), "fp4 4": Codebook("fp4"), "zeroquant_fp 4": ZeroQuantFP(group_size=GROUP)}
-    for bits, (length, entries) in VECTORS.items():
-        made[f"kmeans_vq {bits}"] = VectorQuantization(length, entries)
-        made[f"vptq {bits}"] = VPTQ(length, entries)
-        made[f"shiftaddllm {bits}"] = ShiftAdd(bits)
     for bits in (8, 4, 3, 2):
         made[f"awq {bits}"] = AWQ(bits, GROUP)
         made[f"awq, gptq rounding {bits}"] = AWQ(bits, GROUP, rounding="gptq")
@@ -88,7 +85,10 @@ def candidates() -> dict[str, Change]:
         made[f"flexround {bits}"] = FlexRound(bits, GROUP)
         made[f"adaround {bits}"] = GradientPTQ(bits, GROUP)
         made[f"nupes {bits}"] = NUPES(bits, GROUP)
-    for bits, (length, entries) in VECTORS.items():
+    for bits, (length, entries) in reversed(VECTORS.items()):
+        made[f"vptq {bits}"] = VPTQ(length, entries)
+        made[f"shiftaddllm {bits}"] = ShiftAdd(bits)
+        made[f"kmeans_vq {bits}"] = VectorQuantization(length, entries)
         made[f"vq4dit {bits}"] = VQ4DiT(length, entries)
         made[f"jlcm {bits}"] = JLCM(2**bits)
     return made
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("language", "encoder"), default=None)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -192,7 +193,7 @@ def main() -> None:
     facts: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     facts |= {"group_size": GROUP, "torch": torch.__version__, "machine": platform.machine()}
     tasks: dict[str, Callable[[], Any]] = {"language": lambda: LanguageModel(arguments.model), "encoder": Encoder}
-    wanted = arguments.methods.split(",") if arguments.methods else None
+    wanted = arguments.methods.split(";") if arguments.methods else None
     for kind, build in tasks.items():
         if arguments.only not in (None, kind):
             continue
