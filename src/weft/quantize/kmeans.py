@@ -32,6 +32,13 @@ def nearest(vectors: Tensor, table: Tensor) -> Tensor:
         values, order = table[:, 0].sort(stable=True)
         return order[torch.bucketize(vectors[:, 0].contiguous(), (values[:-1] + values[1:]) / 2)]
     half = table.square().sum(1) / 2
+    if vectors.device.type == "cpu":
+        from weft.kernels.nearest import nearest_entries
+
+        found = torch.empty(len(vectors), dtype=torch.int64)
+        columns, entries = vectors.T.contiguous(), table.to(vectors.dtype).contiguous()
+        nearest_entries(columns.numpy(), entries.numpy(), half.to(vectors.dtype).numpy(), found.numpy())
+        return found
     across = table.T.contiguous()
     size = max(1, PAIRS // len(table))
     # ½ ‖u − c‖² without ½ ‖u‖², which is the same for all c
