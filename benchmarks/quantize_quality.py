@@ -76,7 +76,7 @@ def candidates() -> dict[str, Change]:
         made[f"powerquant {bits}"] = PowerQuant(bits, GROUP)
     made |= {"fp8 8": FloatingPoint(), "w8a8 8": W8A8(), "smoothquant 8": SmoothQuant()}
     made |= {"nf4 4": Codebook("nf4"), "fp4 4": Codebook("fp4"), "zeroquant_fp 4": ZeroQuantFP(group_size=GROUP)}
-    for bits in (8, 4, 3, 2):
+    for bits in (3, 2, 4, 8):
         made[f"awq {bits}"] = AWQ(bits, GROUP)
         made[f"awq, gptq rounding {bits}"] = AWQ(bits, GROUP, rounding="gptq")
         made[f"adadim {bits}"] = AdaDim(bits, GROUP)

@@ -3,10 +3,11 @@
 python benchmarks/quantized_linear.py        writes benchmarks/results/quantized_linear.json; takes about two minutes
 python benchmarks/quantized_linear.py --busy  on a machine that others use: one thread, and its processor time
 
-Each round calls every way once, in another order, so that a shared machine slows all of them, and weights come from memory
-rather than from a cache (the dense matrices of a round are larger than it). Reported are medians in milliseconds with
-quartiles, and for each way the ratio to the faster of the two dense layers: above 1 is faster. The table is what
-``weft.packed.product.LARGEST`` is chosen by: the batch up to which a way beats unpacking.
+Each round runs every way once, in another order, so that a shared machine slows all of them. A run is six layers one after
+the other, each with weights of its own, as in a model that generates: weights come from memory rather than from a cache, and
+the threads are awake. Reported are medians for one layer in milliseconds with quartiles, and for each way the ratio to the
+faster of the two dense layers: above 1 is faster. The table is what ``weft.packed.product.LARGEST`` is chosen by: the batch
+up to which a way beats unpacking.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import platform
 import random
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from weft.packed import Activations, Affine, QuantizedLinear
@@ -30,6 +33,7 @@ from weft.packed import Activations, Affine, QuantizedLinear
 RESULTS = Path(__file__).with_name("results") / "quantized_linear.json"
 SHAPES = [(4096, 4096), (11008, 4096), (1024, 4096), (2000, 1000)]  # (out, in); the last divides into no group of 128
 BATCHES = [1, 4, 16, 64, 128, 256]
+RUN = 6  # layers one after the other
 
 
 def layers(out: int, inputs: int) -> dict[str, QuantizedLinear]:
@@ -56,32 +60,37 @@ def layers(out: int, inputs: int) -> dict[str, QuantizedLinear]:
     }
 
 
-def ways(out: int, inputs: int, packed: dict[str, QuantizedLinear], batch: int) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
-    x, weight = torch.randn(batch, inputs), torch.randn(out, inputs)
+def ways(
+    dense: list[Tensor], packed: dict[str, list[Any]], batch: int
+) -> dict[str, list[Callable[[], Any]]]:
+    """What is timed, by name: a run of calls each."""
+    x = torch.randn(batch, dense[0].shape[1])
     narrow = x.to(torch.bfloat16)
-    made: dict[str, Callable[[], Any]] = {
-        "dense float32": partial(functional.linear, x, weight),
-        "dense bfloat16": partial(functional.linear, narrow, weight.to(torch.bfloat16)),
-        "int4 unpacked, float32": partial(packed["int4 unpacked"], x),
+    made: dict[str, list[Callable[[], Any]]] = {
+        "dense float32": [partial(functional.linear, x, weight) for weight in dense],
+        "dense bfloat16": [partial(functional.linear, narrow, weight.to(torch.bfloat16)) for weight in dense],
+        "int4 unpacked, float32": [partial(layer, x) for layer in packed["int4 unpacked"]],
     }
-    return {**made, **{name: partial(layer, narrow) for name, layer in packed.items()}}
+    return {**made, **{name: [partial(layer, narrow) for layer in each] for name, each in packed.items()}}
 
 
 def measured(
-    calls: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], float], least: int = 7
+    calls: dict[str, list[Callable[[], Any]]], seconds: float, clock: Callable[[], float], least: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Median and quartiles of each, in milliseconds."""
-    order, times = list(calls), {name: [] for name in calls}
-    for call in calls.values():
-        call()
+    """Median and quartiles of one layer of each run, in milliseconds."""
+    order = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for run in calls.values():
+        for call in run:
+            call()
     until, shuffle, rounds = time.perf_counter() + seconds, random.Random(0), 0
     while time.perf_counter() < until or rounds < least:
         shuffle.shuffle(order)
         for name in order:
             start = clock()
-            calls[name]()
-            times[name].append(1e3 * (clock() - start))
+            for call in calls[name]:
+                call()
+            times[name].append(1e3 * (clock() - start) / len(calls[name]))
         rounds += 1
     return {name: _summary(sorted(found)) for name, found in times.items()}
 
@@ -115,9 +124,12 @@ def main() -> None:
     rows = []
     with torch.no_grad():
         for out, inputs in SHAPES:
-            packed = layers(out, inputs)
+            packed = {
+                name: [layer, *(deepcopy(layer) for _ in range(RUN - 1))] for name, layer in layers(out, inputs).items()
+            }
+            dense = [torch.randn(out, inputs) for _ in range(RUN)]
             for batch in BATCHES:
-                times = measured(ways(out, inputs, packed, batch), options.seconds, clock)
+                times = measured(ways(dense, packed, batch), options.seconds, clock)
                 best = min(times["dense float32"]["median"], times["dense bfloat16"]["median"])
                 ratios = {name: round(best / t["median"], 2) for name, t in times.items()}
                 rows.append({"out": out, "in": inputs, "batch": batch, "milliseconds": times, "against_dense": ratios})

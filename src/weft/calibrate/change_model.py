@@ -55,13 +55,14 @@ def change_model_(
     seed: int = 0,
     skip_errors: bool = False,
     memory: int = 1 << 30,
+    autocast: bool = False,
     progress: Progress | None = None,
 ) -> Changed:
     """Change a model's layers in place; packed weights are dequantised into them.
 
     Args:
         model: any module; its lists of blocks are found, or named by ``blocks``.
-        batches, change, what, where, statistics, seed, skip_errors, memory, progress: see :func:`weft.calibrate.rewrite`.
+        batches, change, what, where, statistics, seed, skip_errors, memory, autocast, progress: see :func:`weft.calibrate.rewrite`.
         blocks: see :class:`weft.calibrate.Walk`.
 
     Raises:
@@ -85,7 +86,7 @@ def change_model_(
     progress = progress or Progress()
     made = Changed()
     seen: list[tuple[str, nn.Module]] = []
-    for block in _blocks(model, data, blocks, memory, targets, progress, explicit(changes)):
+    for block in _blocks(model, data, blocks, memory, autocast and not targets, targets, progress, explicit(changes)):
         seen += block.linears().items()
         for task in change_block(block, changes, where, held, extra, seed, skip_errors):
             made.packed |= task.packed
@@ -98,7 +99,7 @@ def change_model_(
 
 
 def _blocks(
-    model: nn.Module, data: list[Any] | None, blocks: str | Sequence[str], memory: int, targets: bool, progress: Progress,
+    model: nn.Module, data: list[Any] | None, blocks: str | Sequence[str], memory: int, autocast: bool, targets: bool, progress: Progress,
     beyond: Mapping[Any, Change],
 ) -> Iterator[Block]:  # fmt: skip
     try:
@@ -109,7 +110,7 @@ def _blocks(
         names = []
     progress.start("changing", max(len(names), 1), max(len(names), 1), "blocks")
     if names and data is not None:
-        with Walk(model, data, blocks=blocks, memory=memory, targets=targets) as walk:
+        with Walk(model, data, blocks=blocks, memory=memory, autocast=autocast, targets=targets) as walk:
             yield from walk
             yield from rest_of(walk, beyond)
         return

@@ -52,6 +52,7 @@ class Request:
     pack: bool
     seed: int
     evaluate: str
+    autocast: bool
     memory: int
     shard_bytes: int
     force: bool
@@ -98,7 +99,8 @@ def quantize_command(request: Request, *, dry_run: bool, as_json: bool, progress
         made = quantize_model(
             checkpoint, request.output, changes, batches, format=file_format, where=request.where or "*",
             statistics=request.statistics or None, recipe=recipe, seed=request.seed, skip_errors=request.skip_errors,
-            memory=request.memory, shard_bytes=request.shard_bytes, force=request.force, progress=progress, timings=timings,
+            memory=request.memory, shard_bytes=request.shard_bytes, force=request.force, autocast=request.autocast,
+            progress=progress, timings=timings,
         )  # fmt: skip
         before = checkpoint.nbytes
     seconds, peak = round(time.monotonic() - began, 1), peak_memory()

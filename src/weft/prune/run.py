@@ -36,7 +36,7 @@ def prune_(
     >>> int(model[0].weight.count_nonzero())
     4
     """
-    return change_model_(model, calibration, config, **options)
+    return change_model_(model, calibration, config, **{"autocast": True, **options})
 
 
 def prune_model(

@@ -44,6 +44,7 @@ def quantize_(
     pack: bool = True,
     backend: str = "auto",
     memory: int = 1 << 30,
+    autocast: bool = True,
     progress: Progress | None = None,
 ) -> Changed:
     """Quantise a model in memory, in place.
@@ -66,6 +67,7 @@ def quantize_(
             weights that are the quantised values. Convolutions always stay.
         backend: of these layers.
         memory: bytes of hidden states to keep in memory.
+        autocast: see :class:`weft.calibrate.Walk`; not done for methods that read the original model's hidden states.
         progress: where to report.
 
     Returns:
@@ -86,7 +88,7 @@ def quantize_(
         config = find_scheme(config).config()
     made = change_model_(
         model, calibration, config, where=where, statistics=statistics, blocks=blocks, seed=seed, skip_errors=skip_errors,
-        memory=memory, progress=progress,
+        memory=memory, autocast=autocast, progress=progress,
     )  # fmt: skip
     if pack:
         layers = {n: p for n, p in made.packed.items() if not hasattr(_submodule(model, n), "kernel_size")}
@@ -124,12 +126,12 @@ def quantize_model(
     Args:
         model: a folder, Hub id or open checkpoint.
         output: the folder.
-        config, where, statistics, seed, skip_errors, memory: see :func:`quantize_`.
+        config, where, statistics, seed, skip_errors, memory, autocast: see :func:`quantize_`.
         batches: calibration data.
         format: of the files (:data:`weft.packed.formats.FORMATS`); ``auto``: that of the scheme, or the one that most
             programs load and that says what the configuration makes; ``dense``: the model's own type, with weights that are
             the quantised values.
-        recipe, shard_bytes, force, check, autocast, progress: see :func:`weft.calibrate.rewrite`.
+        recipe, shard_bytes, force, check, progress: see :func:`weft.calibrate.rewrite`.
         timings: receives the seconds of each layer.
 
     Returns:

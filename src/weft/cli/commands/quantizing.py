@@ -73,6 +73,10 @@ def quantize(
     evaluate: Annotated[
         str, typer.Option("--evaluate", help="Held-out samples: the report has scores against the original.")
     ] = "",
+    autocast: Annotated[
+        bool,
+        typer.Option("--autocast/--no-autocast", help="Calibrate float32 and float16 models in bfloat16 products."),
+    ] = True,
     memory: HiddenMemory = "1GB",
     shard_size: ShardSize = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate memory and size, and write nothing.")] = False,
@@ -99,7 +103,7 @@ def quantize(
     request = Request(
         names[0], output, method, scheme, values, data, statistics, file_format, where or [], head_bits, embedding_bits,
         parse_size(target_size) if target_size else 0, target_bits, widths, on_error == "skip", samples, length, batch_size, pack,
-        seed, evaluate, parse_size(memory), parse_size(shard_size), force,
+        seed, evaluate, autocast, parse_size(memory), parse_size(shard_size), force,
     )  # fmt: skip
     with progress_shown(quiet or dry_run) as progress:
         text = quantize_command(request, dry_run=dry_run, as_json=as_json, progress=progress)
