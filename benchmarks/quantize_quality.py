@@ -65,7 +65,7 @@ CLASSES, EACH = 10, 24
 
 
 def candidates() -> dict[str, Change]:
-    """Configurations by "method bits", the quick ones first."""
+    """Configurations by "method bits": those of few bits, by which methods differ, first."""
     made: dict[str, Change] = {}
     for bits in (8, 4, 3, 2):
         made[f"rtn {bits}"] = RTN(bits, GROUP)
@@ -76,7 +76,7 @@ def candidates() -> dict[str, Change]:
         made[f"powerquant {bits}"] = PowerQuant(bits, GROUP)
     made |= {"fp8 8": FloatingPoint(), "w8a8 8": W8A8(), "smoothquant 8": SmoothQuant()}
     made |= {"nf4 4": Codebook("nf4"), "fp4 4": Codebook("fp4"), "zeroquant_fp 4": ZeroQuantFP(group_size=GROUP)}
-    for bits in (3, 2, 4, 8):
+    for bits in (8, 4, 3, 2):
         made[f"awq {bits}"] = AWQ(bits, GROUP)
         made[f"awq, gptq rounding {bits}"] = AWQ(bits, GROUP, rounding="gptq")
         made[f"adadim {bits}"] = AdaDim(bits, GROUP)
@@ -85,13 +85,13 @@ def candidates() -> dict[str, Change]:
         made[f"flexround {bits}"] = FlexRound(bits, GROUP)
         made[f"adaround {bits}"] = GradientPTQ(bits, GROUP)
         made[f"nupes {bits}"] = NUPES(bits, GROUP)
-    for bits, (length, entries) in reversed(VECTORS.items()):
+    for bits, (length, entries) in VECTORS.items():
         made[f"vptq {bits}"] = VPTQ(length, entries)
         made[f"shiftaddllm {bits}"] = ShiftAdd(bits)
         made[f"kmeans_vq {bits}"] = VectorQuantization(length, entries)
         made[f"vq4dit {bits}"] = VQ4DiT(length, entries)
         made[f"jlcm {bits}"] = JLCM(2**bits)
-    return made
+    return dict(sorted(made.items(), key=lambda item: "3248".index(item[0][-1])))
 
 
 class LanguageModel:

@@ -60,9 +60,7 @@ def layers(out: int, inputs: int) -> dict[str, QuantizedLinear]:
     }
 
 
-def ways(
-    dense: list[Tensor], packed: dict[str, list[Any]], batch: int
-) -> dict[str, list[Callable[[], Any]]]:
+def ways(dense: list[Tensor], packed: dict[str, list[Any]], batch: int) -> dict[str, list[Callable[[], Any]]]:
     """What is timed, by name: a run of calls each."""
     x = torch.randn(batch, dense[0].shape[1])
     narrow = x.to(torch.bfloat16)

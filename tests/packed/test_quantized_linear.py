@@ -6,6 +6,8 @@ import copy
 import io
 import json
 import pickle
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -31,6 +33,7 @@ from weft.packed import (
     using_backend,
 )
 from weft.packed import product as products
+from weft.packed.linear import _constant
 from weft.packed.rows import dequantize, some_rows
 
 # Of the norm of the result. float32: sums of about a thousand terms in another order. bfloat16 (unit roundoff 2⁻⁹): the
@@ -369,6 +372,14 @@ def test_embeddings_look_up_rows(form: str) -> None:
     assert half(tokens).dtype == half.weight.dtype == torch.bfloat16
     again = QuantizedEmbedding.from_state_dict(table.state_dict())
     assert torch.equal(again(tokens), table(tokens))
+
+
+def test_the_mark_of_constants_is_what_torch_makes() -> None:
+    def plain() -> None: ...
+
+    assert vars(torch.compiler.assume_constant_result(plain)) == vars(_constant(lambda: None))
+    code = "import sys, weft.quantize, weft.packed.linear; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_layers_compile_whole() -> None:

@@ -359,10 +359,10 @@ class Walk:
             return
         assert self._current is not None
         written = self._store(block.number) if keep else None
-        with _Enough(until) as enough:
+        with _Enough(until) as enough, self._computing():  # around all batches: weights are rounded once
             for number in range(len(self._calls[block.name])):
                 args, kwargs = self._arguments(block, number, last=keep)
-                with self._computing(), enough.next():
+                with enough.next():
                     out = block.module(*args, **kwargs)
                 del args, kwargs
                 if written is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from weft.packed.form import Packed, unpack
 from weft.packed.product import LARGEST, LARGEST_ON_GPU, WAYS, facts_of, packed_linear, packed_rows, prepare, ways
 from weft.packed.rows import dequantize, some_rows
 
+F = TypeVar("F", bound=Callable[..., Any])
 _ALL = 1 << 62
 _EXTRA = "_extra_state"
 
@@ -84,6 +85,12 @@ class _Holder(nn.Module):
             settings = settings["inner"]
         words.append(f"{settings['form']}, bits={8 * self.nbytes / max(self.shape[0] * self.shape[1], 1):.2f}")
         return " of ".join(words)
+
+
+def _constant(function: F) -> F:
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes a second and 80 MB."""
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010  no attribute that a function's type has
+    return function
 
 
 class QuantizedLinear(_Holder):
@@ -250,7 +257,7 @@ class QuantizedLinear(_Holder):
         # compiled code decides at each call; here, batches that are always large make no copy
         return torch.compiler.is_compiling() or self._backend != "auto" or x.numel() <= LARGEST[way] * x.shape[-1]
 
-    @torch.compiler.assume_constant_result
+    @_constant
     def _chosen(self) -> tuple[str, str]:
         """The way, and what the operator is told; decided once, by the values of zero points among others."""
         if not self._facts or not self._has_values():
@@ -271,7 +278,7 @@ class QuantizedLinear(_Holder):
         """Whether there are numbers: on meta, and while torch.export looks at a model, there are none."""
         return all(type(t) in (Tensor, nn.Parameter, nn.Buffer) and not t.is_meta for t in self.tensors().values())
 
-    @torch.compiler.assume_constant_result
+    @_constant
     def _prepared(self) -> bool:
         """Whether the copy of the codes is there; made if it was not."""
         if not self._has_values():
