@@ -80,7 +80,7 @@ def run(kind: str, model: Path, output: Path, peer: Path) -> dict[str, float]:
     return found
 
 
-def prepare(folder: Path, source: Path | None, tokenizer_of: Path) -> None:
+def prepare(folder: Path, source: Path | None, tokenizer_of: Path, dtype: str) -> None:
     """A model's folder with its calibration data: a copy of a trained one, or random weights."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -98,7 +98,7 @@ def prepare(folder: Path, source: Path | None, tokenizer_of: Path) -> None:
         vocab_size=4096, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
         num_key_value_heads=12, max_position_embeddings=512,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)  # the peer does not start without one
     torch.save(torch.randint(4, 4096, (ROWS, TOKENS)), folder / "calibration.pt")
 
@@ -129,9 +129,13 @@ def main() -> None:
         "machine": platform.machine(), "rows": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as work:
-        for name, source in (("8 × 768, random", None), ("trained", arguments.model)):
-            folder = Path(work) / f"model-{source is None}"
-            prepare(folder, source, arguments.model)
+        for name, source, dtype in (
+            ("8 × 768, random, float32", None, "float32"),
+            ("8 × 768, random, bfloat16", None, "bfloat16"),
+            ("trained, float32", arguments.model, "float32"),
+        ):
+            folder = Path(work) / f"model-{source is None}-{dtype}"
+            prepare(folder, source, arguments.model, dtype)
             runs: dict[str, list[dict[str, float]]] = {"weft": [], "llm-compressor": []}
             for _ in range(arguments.rounds):
                 for kind, done in runs.items():

@@ -42,6 +42,7 @@ from weft.checkpoint.checkpoint import Checkpoint, LazyTensor
 from weft.checkpoint.open import open_checkpoint
 from weft.engine.checkpoint_writer import SHARD_BYTES, CheckpointWriter, check_target
 from weft.engine.journal import WorkFolder
+from weft.engine.memory import give_back
 from weft.engine.progress import Progress
 from weft.errors import CheckpointError, NonFiniteError, RecipeError, disk_errors
 from weft.function.where import ALL_LINEAR, Selector, most_specific, nearest_names
@@ -183,6 +184,7 @@ def write_blocks(
                 chosen = chosen or bool(part.report)
                 seen = [] if chosen else [*seen, *block.linears().items()]
                 del part
+                give_back()
                 progress.advance(block.name or "embeddings and head", 1)
             report = parts.report()
             if not report:
