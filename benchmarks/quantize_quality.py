@@ -7,7 +7,7 @@ LM is what ``benchmarks/language_model.py`` makes: calibrated on 64 × 256 token
 perplexity on 96 × 256 tokens of held-out packages. The encoder is MiniLM-L6: calibrated on 96 docstrings of the standard library,
 judged by the mean of 1 − cos of 256 others' embeddings, and by a logistic regression that tells ten modules apart, fitted to the
 embeddings of the original on other docstrings. All matrices of the blocks are quantised, groups of 64 inputs share a scale;
-defaults otherwise. Bits and megabytes are those of the files; seconds are of one thread, reading and writing included. Rows
+defaults otherwise. Bits and megabytes are those of the files; seconds are one thread's processor time, reading and writing included. Rows
 that are there are not measured again.
 """
 
@@ -161,10 +161,10 @@ def _embedded(model: Any, texts: list[str]) -> Tensor:
 def measure(task: LanguageModel | Encoder, config: Change) -> dict[str, Any]:
     """One row."""
     with tempfile.TemporaryDirectory() as work:
-        began = time.perf_counter()
+        began = time.process_time()
         data = task.calibration if config.needs or config.targets else None
         made = quantize_model(task.folder, Path(work) / "out", config, data, format="weft", check=False)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         report = json.loads((made / "weft.json").read_text())["layers"].values()
         size = sum(p.stat().st_size for p in made.glob("*.safetensors"))
         model = load_quantized(made, backend="dequantize")

@@ -15,15 +15,14 @@ BITS = ("8", "4", "3", "2")
 
 
 def quality(rows: dict[str, dict[str, float]], score: str) -> str:
-    """Methods by bits: the score, and in brackets bits a weight and seconds."""
+    """Methods by bits: the score, and in brackets bits a weight and, where they were taken, seconds."""
     found: dict[str, dict[str, str]] = {}
     for label, row in rows.items():
         method, _, bits = label.rpartition(" ")
         if bits in BITS:
-            cell = f"{row[score]:.3g} ({row['bits_per_weight']:.2f}, {row['seconds']:.0f} s)"
-            found.setdefault(method, {})[bits] = (
-                f"{row[score]:.2f}{cell[cell.index(' ') :]}" if row[score] > 10 else cell
-            )
+            value = f"{row[score]:.2f}" if row[score] > 10 else f"{row[score]:.3g}"
+            seconds = f", {row['seconds']:.0f} s" if "seconds" in row else ""
+            found.setdefault(method, {})[bits] = f"{value} ({row['bits_per_weight']:.2f}{seconds})"
     lines = ["| method | " + " | ".join(f"{b} bits" for b in BITS) + " |", "|---" * (len(BITS) + 1) + "|"]
     lines += [f"| {m} | " + " | ".join(cells.get(b, "") for b in BITS) + " |" for m, cells in sorted(found.items())]
     return "\n".join(lines)
